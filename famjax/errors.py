@@ -1,0 +1,15 @@
+"""What famjax raises when a run cannot go on. The command line turns each into one line."""
+
+
+class UserError(ValueError):
+  """Bad input: one line that names the thing and the way out.
+
+  The command line prints it as `famjax: error: ...` and ends with exit status 2.
+  """
+
+
+class DivergedError(RuntimeError):
+  """A loss or a gradient is no longer finite; the line names the step.
+
+  The command line prints it as `famjax: error: ...` and ends with exit status 1.
+  """

@@ -1,0 +1,67 @@
+"""One softmax over several disjoint sets of keys.
+
+A block's queries see three kinds of keys: the memory segments', the FAM's and their own block's.
+Each kind is a `KeySet`. Scores are made set by set and joined before the softmax, so that keys are
+never copied next to one another, and a mask stands only where a set needs one.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite, so that a row without any visible key would give numbers and not NaN
+
+
+class KeySet(NamedTuple):
+  """Keys and values that the last `t` blocks of a call see.
+
+  Attributes:
+    keys: `[B, t, m, K, d]`, rotated.
+    values: `[B, t, m, K, d]`.
+    mask: None, all are visible; or bool, broadcastable to `[B, t, 1, 1, n, m]`.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  mask: jax.Array | None = None
+
+
+def attend(queries: jax.Array, key_sets: list[KeySet]) -> jax.Array:
+  """Attention of every block's queries over the union of its key sets.
+
+  Args:
+    queries: `[B, T, n, H, d]`, rotated. Query head `h` reads key/value head `h // (H // K)`.
+    key_sets: sets with `t <= T` blocks; a set of fewer blocks belongs to the last ones.
+
+  Returns:
+    `[B, T, n, H, d]`, in the dtype of the values; scores and softmax are float32.
+  """
+  B, T, n, H, d = queries.shape
+  K = key_sets[0].keys.shape[-2]
+  queries = (queries * d**-0.5).reshape(B, T, n, K, H // K, d)
+  scores = []
+  for keys, _, mask in key_sets:
+    t = keys.shape[1]
+    score = jnp.einsum(
+        "BTnKGd,BTmKd->BTKGnm", queries[:, T - t :], keys, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+      score = jnp.where(mask, score, _MASKED)
+    scores.append(_pad_blocks(score, T, _MASKED))
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  out, start = 0, 0
+  for keys, values, _ in key_sets:
+    t, m = keys.shape[1:3]
+    part = weights[:, T - t :, ..., start : start + m].astype(values.dtype)  # [B, t, K, G, n, m]
+    out += _pad_blocks(jnp.einsum("BTKGnm,BTmKd->BTnKGd", part, values), T, 0)
+    start += m
+  return out.reshape(B, T, n, H, d)
+
+
+def _pad_blocks(x: jax.Array, T: int, value: float) -> jax.Array:
+  """Puts blocks of `value` before `[B, t, ...]` up to `[B, T, ...]`."""
+  missing = T - x.shape[1]
+  if not missing:
+    return x
+  return jnp.pad(x, [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=value)

@@ -1,0 +1,248 @@
+"""Where the tokens of a call stand on the blocks of their rows, and the ring that outlives the call.
+
+Rows need not stand at the same place: row `b` has read `position[b]` tokens, so that its next one
+is slot `position % N` of block `position // N`. A call lays its tokens out on a grid of `T` blocks
+`[B, T, N]`, the first of which is the block that the row is in. Three layouts, chosen by shape:
+
+  aligned: every row stands at a block boundary (training, prefill): token `i` is grid slot `i`.
+  ragged:  rows stand anywhere: token `i` of row `b` is grid slot `position[b] % N + i`.
+  decode:  one token: the grid is that token alone (n = 1), its block's keys are in the ring.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from famjax.model.attention import KeySet
+from famjax.model.config import MemoryConfig, ModelConfig
+
+
+@struct.dataclass
+class Layout:
+  """The grid of a call.
+
+  Attributes:
+    block: int32 `[B]`, index in its row of the first grid block.
+    slot: int32 `[B]`, place of the row's next token in that block.
+    count: int32 `[B]`, real tokens of this call.
+    valid: bool `[B, T, n]`, grid slots that hold a token of this call; None: all.
+    full: bool `[B, T]`, blocks whose last token is in this call; None: all.
+    num_blocks: T.
+    decode: the grid is one token.
+    aligned: every `slot` is 0.
+  """
+
+  block: jax.Array
+  slot: jax.Array
+  count: jax.Array
+  valid: jax.Array | None
+  full: jax.Array | None
+  num_blocks: int = struct.field(pytree_node=False)
+  decode: bool = struct.field(pytree_node=False)
+  aligned: bool = struct.field(pytree_node=False)
+
+  def positions(self, N: int) -> jax.Array:
+    """int32 `[B, T, n]`: position in its row of every grid slot."""
+    if self.decode:
+      return (self.block * N + self.slot)[:, None, None]
+    return self.block[:, None, None] * N + jnp.arange(self.num_blocks * N).reshape(1, -1, N)
+
+  def place(self, tokens: jax.Array, N: int) -> jax.Array:
+    """`[B, S]` tokens to the grid, `[B, T, n]`; slots without a token hold 0."""
+    B, S = tokens.shape
+    if self.decode:
+      return tokens[:, None]
+    if self.aligned:
+      tokens = jnp.pad(tokens, ((0, 0), (0, self.num_blocks * N - S)))
+    else:
+      index = jnp.arange(self.num_blocks * N) - self.slot[:, None]
+      tokens = jnp.take_along_axis(tokens, index.clip(0, S - 1), axis=1)
+    tokens = tokens.reshape(B, self.num_blocks, N)
+    return tokens if self.valid is None else jnp.where(self.valid, tokens, 0)
+
+  def pick(self, grid: jax.Array, S: int) -> jax.Array:
+    """`[B, T, n, ...]` on the grid back to the call's tokens, `[B, S, ...]`."""
+    flat = grid.reshape(grid.shape[0], -1, *grid.shape[3:])
+    if self.decode or self.aligned:
+      return flat[:, :S]
+    index = self.slot[:, None] + jnp.arange(S)
+    return jax.vmap(lambda row, at: row[at])(flat, index)
+
+
+def make_layout(
+    position: jax.Array, S: int, lengths: jax.Array | None, *, aligned: bool, N: int
+) -> Layout:
+  """Lays `S` tokens of each row out on blocks of `N`; see `Layout`."""
+  decode = S == 1 and not aligned
+  T = 1 if decode else -(-S // N) if aligned else -(-(S + N - 1) // N)
+  slot = jnp.zeros_like(position) if aligned else position % N
+  count = jnp.full_like(position, S) if lengths is None else lengths
+  valid = full = None
+  if not aligned or lengths is not None or S % N:
+    end = (slot + count)[:, None]
+    full = (jnp.arange(1, T + 1) * N <= end) & (count > 0)[:, None]
+    index = jnp.arange(T * N)
+    valid = (index >= slot[:, None]) & (index < end)
+    valid = (count > 0)[:, None, None] if decode else valid.reshape(-1, T, N)
+  return Layout(
+      block=position // N, slot=slot, count=count, valid=valid, full=full,
+      num_blocks=T, decode=decode, aligned=aligned,
+  )  # fmt: skip
+
+
+@struct.dataclass
+class Past:
+  """A layer's ring, in the order in which a call reads it.
+
+  Attributes:
+    keys: `[B, P, N, K, d]`. Decoding: P = M+1, ring order. On a grid: P = M+1, oldest first: the
+      block that the grid's first block takes the place of, then the M segments. P = 0: no past.
+    values: as `keys`.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+
+  @property
+  def num_blocks(self) -> int:
+    return self.keys.shape[1]
+
+
+def read_ring(keys: jax.Array, values: jax.Array, layout: Layout) -> Past:
+  """Brings a layer's ring `[B, M+1, N, K, d]` into reading order."""
+  if layout.decode:
+    return Past(keys, values)
+  R = keys.shape[1]
+  order = (layout.block[:, None] + jnp.arange(R)) % R  # blocks block-M-1 .. block-1
+  return Past(_take_blocks(keys, order), _take_blocks(values, order))
+
+
+def no_past(batch_size: int, config: ModelConfig) -> Past:
+  """The past of rows that all start in this call: P = 0."""
+  shape = (batch_size, 0, config.memory.block_size, config.kv_heads, config.head_width)
+  empty = jnp.zeros(shape, config.compute_dtype)
+  return Past(empty, empty)
+
+
+def own_block(
+    past: Past, keys: jax.Array, values: jax.Array, layout: Layout, segments: int
+) -> Past:
+  """Every grid block's keys and values, whether they came in this call or an earlier one.
+
+  Args:
+    past: from `read_ring` or `no_past`.
+    keys: `[B, T, n, K, d]`, of this call's tokens.
+    values: as `keys`.
+    layout: of the call.
+    segments: M.
+
+  Returns:
+    `[B, T, N, K, d]` each (decoding: the whole ring with the new token in its place). Slots that
+    no token has filled hold what the ring held there before, so that a state does not depend on
+    how its tokens were cut into calls.
+  """
+  if layout.decode:
+    B, R, N = past.keys.shape[:3]
+    # A row without a token in this call writes past the end, that is nowhere.
+    ring_block = jnp.where(layout.count > 0, layout.block % R, R)
+    put = lambda ring, new: ring.at[jnp.arange(B), ring_block, layout.slot].set(
+        new[:, 0, 0], mode="drop"
+    )
+    return Past(put(past.keys, keys), put(past.values, values))
+  if layout.valid is None:
+    return Past(keys, values)
+
+  def fill(old, new):
+    missing = segments + 1 - old.shape[1]  # of a ring, M + 1 blocks, that has no past
+    old = jnp.pad(old, [(0, 0), (missing, 0)] + [(0, 0)] * 3)
+    before = jnp.concatenate([old, new], axis=1)[:, : layout.num_blocks]
+    return jnp.where(layout.valid[..., None, None], new, before)
+
+  return Past(fill(past.keys, keys), fill(past.values, values))
+
+
+def write_ring(past: Past, own: Past, layout: Layout, R: int) -> Past:
+  """The ring `[B, M+1, N, K, d]` after the call."""
+  if layout.decode:
+    return own
+  N = own.keys.shape[2]
+  last = layout.block + jnp.maximum(layout.slot + layout.count - 1, 0) // N  # last block touched
+  behind = (last[:, None] - jnp.arange(R)) % R  # ring place j holds block last - behind
+  index = (last - layout.block)[:, None] - behind + past.num_blocks
+
+  def gather(old, new):
+    ring = _take_blocks(jnp.concatenate([old, new], axis=1), index.clip(0))
+    return jnp.where((index >= 0)[..., None, None, None], ring, 0)
+
+  return Past(gather(past.keys, own.keys), gather(past.values, own.values))
+
+
+def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) -> list[KeySet]:
+  """The token keys that a block's queries see: memory segments and their own block up to themselves.
+
+  Algorithm 1: `[K_{t-M..t-1}, K_t[0..i]]`. On a grid there is one set for each distance in blocks,
+  a slice of the same keys, so that no key is copied for the M blocks that see it.
+  """
+  cut = jax.lax.stop_gradient if memory.stop_gradient else lambda x: x
+  N = memory.block_size
+  if layout.decode:
+    return [KeySet(*_ring_as_block(own), _ring_mask(own, layout, memory))]
+  T, P = layout.num_blocks, past.num_blocks
+  keys = jnp.concatenate([past.keys, own.keys], axis=1)  # [B, P + T, N, K, d]
+  values = jnp.concatenate([past.values, own.values], axis=1)
+  sets = []
+  for distance in range(memory.memory_segments, -1, -1):
+    start = max(P - distance, 0)
+    t = P + T - distance - start  # blocks of the call that have a block at this distance
+    if t <= 0 or (memory.window is not None and distance * N - (N - 1) >= memory.window):
+      continue
+    mask = _distance_mask(distance, t, layout, memory, has_past=P > 0)
+    seen = lambda x: x[:, start : start + t]
+    if distance == 0:
+      sets.append(KeySet(own.keys, own.values, mask))
+    else:
+      sets.append(KeySet(cut(seen(keys)), cut(seen(values)), mask))
+  return sets
+
+
+def _distance_mask(distance, t, layout, memory, *, has_past):
+  """Which keys `distance` blocks back are visible: bool, broadcastable to `[B, t, 1, 1, n, m]`."""
+  N = memory.block_size
+  place = jnp.arange(N)
+  apart = distance * N + place[:, None] - place  # [n, m] tokens from key to query
+  masks = []
+  if distance == 0:
+    masks.append(apart >= 0)
+  if memory.window is not None and distance * N + N - 1 >= memory.window:
+    masks.append(apart < memory.window)
+  if distance and has_past:  # a row's first blocks have nothing before them
+    exists = layout.block[:, None] + jnp.arange(t) >= distance  # [B, t]
+    masks.append(exists[:, :, None, None, None, None])
+  if not masks:
+    return None
+  mask = masks[0]
+  for other in masks[1:]:
+    mask = mask & other
+  return mask
+
+
+def _ring_mask(ring, layout, memory):
+  """Which ring slots a decoded token sees: bool `[B, 1, 1, 1, 1, (M+1) * N]`."""
+  R, N = ring.keys.shape[1:3]
+  back = (layout.block[:, None] - jnp.arange(R)) % R  # [B, R] blocks back
+  apart = (back * N + layout.slot[:, None])[..., None] - jnp.arange(N)  # [B, R, N] tokens back
+  position = (layout.block * N + layout.slot)[:, None, None]
+  mask = (apart >= 0) & (apart <= position)
+  if memory.window is not None:
+    mask &= apart < memory.window
+  return mask.reshape(-1, 1, 1, 1, 1, R * N)
+
+
+def _ring_as_block(ring):
+  merge = lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:])
+  return merge(ring.keys), merge(ring.values)
+
+
+def _take_blocks(x: jax.Array, index: jax.Array) -> jax.Array:
+  """`x[b, index[b, j]]` for `x` `[B, P, ...]` and `index` `[B, J]`."""
+  return jax.vmap(lambda row, at: row[at])(x, index)

@@ -1,0 +1,125 @@
+"""Feedback Attention Memory: Algorithm 2 of the paper (SPEC section 2).
+
+    Q,  Kx, Vx = qkv(norm(x))                                             N tokens of block t
+    Qf, Kf, Vf = qkv(norm(Fp))                                            F vectors, after block t-1
+    a  = attention(Q[i], [K_{t-M..t-1}, Kf, Kx[0..i]], [V..., Vf, Vx]) @ Wo + x[i]
+    x' = a + ff(norm(a))                                                  the layer's output
+    af = attention(Qf, [Kf, Kx], [Vf, Vx]) @ Wo + Fp                      sees the whole block
+    Fn = af + ff(norm(af))                                                the FAM after block t
+
+`update` is the lower half. The upper half is `decoder.apply_layer`. `Fn` needs no token's output, so
+`feedback` runs the lower half over all blocks of a call first, with the FAM alone as its carry; the
+tokens of all blocks then go through attention and feed-forward at once (SPEC section 4).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from famjax.model.attention import KeySet, attend
+from famjax.model.layers import Layer
+
+Turn = tuple[jax.Array, jax.Array]  # cosine and sine
+
+
+class Feedback(NamedTuple):
+  """What `feedback` leaves behind.
+
+  Attributes:
+    fam: `[B, F, D]`, the FAM after the last full block.
+    keys: `[B, T, F, K, d]`, of the FAM that each block sees: the one that the block before it wrote.
+    values: `[B, T, F, K, d]`.
+  """
+
+  fam: jax.Array
+  keys: jax.Array
+  values: jax.Array
+
+
+def update(
+    layer: Layer,
+    fam: jax.Array,
+    block_keys: jax.Array,
+    block_values: jax.Array,
+    write: Turn,
+    read: Turn,
+    first: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One turn of the feedback loop: what a FAM becomes after a block.
+
+  Args:
+    layer: the layer whose FAM it is; its own weights are used.
+    fam: `[B, F, D]`, Fp.
+    block_keys: `[B, N, K, d]`, Kx, rotated; the block is full.
+    block_values: `[B, N, K, d]`, Vx.
+    write: turns `[B, F, d/2]` at the positions of the FAM that is being written (Qf).
+    read: turns `[B, F, d/2]` at the positions of `fam` itself (Kf).
+    first: bool `[B]`, this is the first update: the initial FAM carries no context yet, and a zero
+      tensor stands in its place in the residual (B.1).
+
+  Returns:
+    Fn `[B, F, D]`, and Kf, Vf `[B, F, K, d]`.
+  """
+  queries, keys, values = layer.project(fam, write, read)
+  attended = attend(
+      queries[:, None],
+      [KeySet(keys[:, None], values[:, None]), KeySet(block_keys[:, None], block_values[:, None])],
+  )[:, 0]
+  residual = jnp.where(first[:, None, None], 0, fam)
+  return layer.close(attended, residual), keys, values
+
+
+def feedback(
+    layer: Layer,
+    fam: jax.Array,
+    block_keys: jax.Array,
+    block_values: jax.Array,
+    write: Turn,
+    read: Turn,
+    first: jax.Array,
+    full: jax.Array | None,
+) -> Feedback:
+  """The feedback loop over all blocks of a call.
+
+  Args:
+    layer: as in `update`.
+    fam: `[B, F, D]`, before the first block.
+    block_keys: `[B, T, N, K, d]`.
+    block_values: `[B, T, N, K, d]`.
+    write: turns `[B, T, F, d/2]`.
+    read: turns `[B, T, F, d/2]`.
+    first: bool `[B]`, whether an update at the first block would be the row's first.
+    full: bool `[B, T]`, whether a block's end is reached in this call; a block that is not full
+      does not update the FAM. None: all are.
+  """
+
+  def step(fam, block):
+    t, keys, values, write, read, full = block
+    new, fam_keys, fam_values = update(layer, fam, keys, values, write, read, first & (t == 0))
+    if full is not None:
+      new = jnp.where(full[:, None, None], new, fam)
+    return new, (fam_keys, fam_values)
+
+  T = block_keys.shape[1]
+  blocks = jax.tree.map(
+      lambda x: jnp.moveaxis(x, 1, 0), (block_keys, block_values, write, read, full)
+  )
+  fam, read_back = jax.lax.scan(step, fam, (jnp.arange(T), *blocks))
+  return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
+
+
+def climb(layer: Layer, prompt: jax.Array, turn: Turn) -> jax.Array:
+  """Carries the FAM prompt one layer up, on its own (B.1): full attention among its F vectors.
+
+  Args:
+    layer: the layer to go through.
+    prompt: `[F, D]`, which is that layer's initial FAM.
+    turn: turns `[F, d/2]`.
+
+  Returns:
+    `[F, D]`, the next layer's initial FAM.
+  """
+  queries, keys, values = layer.project(prompt, turn, turn)
+  attended = attend(queries[None, None], [KeySet(keys[None, None], values[None, None])])[0, 0]
+  return layer.close(attended, prompt)

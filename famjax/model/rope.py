@@ -1,0 +1,67 @@
+"""Rotary position embedding (RoPE), exact far out, and the positions of a FAM (B.2.1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from famjax.model.config import MemoryConfig
+
+# Positions are split into coarse * _STRIDE + fine. A float32 angle of position 1,000,000 is off by
+# 0.03 rad; the sum of a coarse angle, reduced to one turn beforehand, and a fine one by 0.0005.
+_STRIDE = 1024
+
+
+def wavelength(theta: float) -> float:
+  """The longest wavelength of RoPE in tokens, `2 pi theta` (B.2.2)."""
+  return 2 * np.pi * theta
+
+
+def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of every position's angles.
+
+  Args:
+    positions: `[...]` integer or float positions.
+    width: d, head width.
+    theta: base of the wavelengths; pair `i` turns by `theta ** (-2 i / d)` per position.
+
+  Returns:
+    Two float32 arrays `[..., d / 2]`.
+  """
+  frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+  coarse_turn = np.remainder(_STRIDE * frequency, 2 * np.pi).astype(np.float32)
+  coarse = jnp.floor_divide(positions, _STRIDE)
+  fine = positions - coarse * _STRIDE
+  angle = (
+      coarse.astype(jnp.float32)[..., None] * coarse_turn
+      + fine.astype(jnp.float32)[..., None] * frequency.astype(np.float32)
+  )
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Turns the pairs (x[i], x[i + d/2]) of `x` `[..., heads, d]` by `turn` `[..., d / 2]`."""
+  cos, sin = (t[..., None, :] for t in turn)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+      [first * cos - second * sin, second * cos + first * sin], axis=-1
+  ).astype(x.dtype)
+
+
+def fam_positions(block: jax.Array, offset: jax.Array, memory: MemoryConfig) -> jax.Array:
+  """Where the FAM written by block `block` stands (B.2.1).
+
+  Args:
+    block: `[...]` int32 block index in its row; -1 is the initial FAM's.
+    offset: broadcastable to `block`, the row's random position offset (B.2.2).
+    memory: gives N, F and the rule: "last", "float" or "zero".
+
+  Returns:
+    `[..., F]` positions, int32 ("last", "zero") or float32 ("float").
+  """
+  slot = jnp.arange(memory.length)
+  end = ((block + 1) * memory.block_size + offset)[..., None]  # first position of the next block
+  if memory.fam_position == "zero":
+    return jnp.zeros_like(end + slot)
+  if memory.fam_position == "last":
+    return end - memory.length + slot
+  return end - 1 + (slot + 1) / (memory.length + 1)

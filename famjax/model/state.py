@@ -1,0 +1,84 @@
+"""What a model remembers between calls: one explicit pytree of constant size."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from famjax.model.config import ModelConfig
+
+
+@struct.dataclass
+class State:
+  """The memory of B rows, passed into a call and out of it.
+
+  Attributes:
+    position: int32 `[B]`, tokens that each row has read since its start.
+    offset: int32 `[B]`, the row's random position offset (B.2.2); 0 at inference.
+    keys: `[L, B, M+1, N, K, d]`, rotated keys of the last M full blocks and of the block that is
+      being filled; block `c` of a row stands at `c % (M+1)`. None: no row has a past.
+    values: as `keys`.
+    fam: `[L, B, F, D]`, each layer's FAM after the row's last full block.
+    fam_keys: `[L, B, F, K, d]`, its keys, rotated for the next block's queries; kept so that a
+      decoding step does not make them again.
+    fam_values: `[L, B, F, K, d]`.
+    fam_updates: int32 `[B]`, times that the FAM was written; 0: it is the initial FAM.
+  """
+
+  position: jax.Array
+  offset: jax.Array
+  keys: jax.Array | None
+  values: jax.Array | None
+  fam: jax.Array
+  fam_keys: jax.Array
+  fam_values: jax.Array
+  fam_updates: jax.Array
+
+
+def empty_state(config: ModelConfig, batch_size: int, *, past: bool = True) -> State:
+  """A state of zeros: its rows have read nothing.
+
+  Its FAM is not the initial one, which depends on weights: mark the rows `start_of_sequence` in
+  the first call, or use `Decoder.init_state`.
+
+  Args:
+    config: gives L, M, N, F, K, d, D and the dtype.
+    batch_size: B.
+    past: False leaves `keys` and `values` None.
+  """
+  L, B, M, N = config.num_layers, batch_size, config.memory.memory_segments, config.memory.block_size
+  F, K, d = config.memory.length, config.kv_heads, config.head_width
+  dtype = jnp.dtype(config.compute_dtype)
+  zeros = lambda: jnp.zeros(B, jnp.int32)
+  ring = lambda: jnp.zeros((L, B, M + 1, N, K, d), dtype) if past else None
+  heads = lambda: jnp.zeros((L, B, F, K, d), dtype)
+  return State(
+      position=zeros(), offset=zeros(), keys=ring(), values=ring(),
+      fam=jnp.zeros((L, B, F, config.model_dim), dtype),
+      fam_keys=heads(), fam_values=heads(), fam_updates=zeros(),
+  )  # fmt: skip
+
+
+def restart(state: State, rows: jax.Array, *, fam: jax.Array, fam_updates: jax.Array) -> State:
+  """Starts rows anew from a kept FAM: random state passing (B.2.3).
+
+  Args:
+    state: any state.
+    rows: bool `[B]`, which rows.
+    fam: `[L, F, D]`, the FAM that they start from.
+    fam_updates: int32 scalar, times that it was written; at least 1, so that the first update has
+      the ordinary residual.
+
+  Returns:
+    The state with those rows at position 0. Their `fam_keys` are left as they are: only a call
+    with `start_of_sequence` given, which makes the FAM's keys anew, may follow.
+  """
+  return state.replace(
+      position=jnp.where(rows, 0, state.position),
+      fam=jnp.where(rows[:, None, None], fam[:, None].astype(state.fam.dtype), state.fam),
+      fam_updates=jnp.where(rows, fam_updates, state.fam_updates),
+  )
+
+
+def num_bytes(state: State) -> int:
+  """Bytes of a state; the same after any number of tokens (SPEC 3.5)."""
+  return sum(x.nbytes for x in jax.tree.leaves(state))
