@@ -1,0 +1,162 @@
+"""Sources: one example or document per index, as tokens and loss weights.
+
+Every reader asks a source for `example(seed, index, step)`, and the answer depends on nothing else,
+so that a restart, another process or another reader sees the same data.
+"""
+
+import difflib
+import functools
+import importlib
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+
+from famjax.data.vocabularies import Vocabulary
+from famjax.errors import UserError
+
+# Streams of random numbers that must not be the same numbers (see `generator`).
+EXAMPLE, ORDER, REPEAT = range(3)
+
+
+class Source(Protocol):
+  """Gives example number `index`."""
+
+  vocabulary: Vocabulary
+
+  def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one example, the same one for the same arguments.
+
+    Args:
+      seed: of the reader.
+      index: number of the example, from 0, without end; a finite source starts a new epoch.
+      step: training step at which the example begins; a curriculum looks at it.
+
+    Returns:
+      tokens int32[n] and weights float32[n]: the loss weight of predicting that token.
+    """
+
+
+def generator(seed: int, index: int, stream: int = EXAMPLE) -> np.random.Generator:
+  """Returns random numbers that depend on the arguments alone (Philox, keyed by seed and index)."""
+  key = np.array([seed, index], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=stream << 192))
+
+
+def join(inputs: Sequence[int], targets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns inputs (weight 0) and targets (weight 1) as one sequence (SPEC section 5)."""
+  tokens = np.concatenate([np.asarray(inputs, np.int32), np.asarray(targets, np.int32)])
+  weights = np.zeros(len(tokens), np.float32)
+  weights[len(inputs) :] = 1
+  return tokens, weights
+
+
+def shuffled(seed: int, index: int, size: int) -> int:
+  """Returns what stands at a place of an endless row of epochs, each in an order of its own."""
+  epoch, place = divmod(index, size)
+  return int(_order(seed, epoch, size)[place])
+
+
+@functools.lru_cache(maxsize=4)  # The rows of a batch are in one epoch or in two.
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+  return generator(seed, epoch, ORDER).permutation(size)
+
+
+class PairExamples:
+  """Pairs of text: an instruction (weight 0) and its answer (weight 1), which ends with `eos_id`.
+
+  Attributes:
+    vocabulary: encodes both, when they are read.
+  """
+
+  def __init__(
+      self, pairs: Sequence[tuple[str, str]], vocabulary: Vocabulary, *, shuffle: bool = True
+  ):
+    """Takes any list-like of (inputs, targets); `shuffle` draws another order for every epoch."""
+    if not len(pairs):
+      raise UserError("there are no (inputs, targets) pairs; give at least one")
+    self.vocabulary = vocabulary
+    self._pairs = pairs
+    self._shuffle = shuffle
+
+  def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `Source`."""
+    del step  # The pairs are the same throughout.
+    size = len(self._pairs)
+    inputs, targets = self._pairs[shuffled(seed, index, size) if self._shuffle else index % size]
+    encode = self.vocabulary.encode
+    return join(encode(inputs), [*encode(targets), self.vocabulary.eos_id])
+
+
+class TaskExamples:
+  """Examples of a seqio task or mixture: weight 0 on its `inputs`, if any, and 1 on its `targets`.
+
+  The examples come in the order of the task's own pipeline, repeated without end (seqio shuffles
+  them within a buffer, which mixes the epochs of a small task). Asking for growing indices goes on
+  reading; asking for an earlier one opens the pipeline again and skips to it, as a restart does,
+  which costs the time of making the examples that are skipped. Not for two threads.
+
+  Attributes:
+    vocabulary: the task's own (a `seqio.Vocabulary`), of its `targets`.
+  """
+
+  def __init__(
+      self,
+      name: str,
+      split: str = "train",
+      *,
+      modules: Sequence[str] = (),
+      shuffle: bool = True,
+      use_cached: bool = False,
+  ):
+    """Finds the task.
+
+    Args:
+      name: of a task or mixture in seqio's registry; "passkey" and "long_text" are always there.
+      split: of the task.
+      modules: Python modules to import first, which register the task.
+      shuffle: whether seqio shuffles, with the reader's seed.
+      use_cached: read what `seqio_cache_tasks` has written.
+
+    Raises:
+      UserError: no such module, task or split.
+    """
+    import seqio  # pylint: disable=g-import-not-at-top
+
+    for module in ("famjax.data.tasks", *([modules] if isinstance(modules, str) else modules)):
+      try:
+        importlib.import_module(module)
+      except ModuleNotFoundError as error:
+        raise UserError(
+            f"module {module!r} cannot be imported ({error}); name an installed module that"
+            f" registers the task {name!r}"
+        ) from error
+    try:
+      self._task = seqio.get_mixture_or_task(name)
+    except ValueError as error:
+      known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+      near = ", ".join(difflib.get_close_matches(name, known) or sorted(known)[:5])
+      raise UserError(
+          f"no seqio task or mixture is called {name!r} (near it: {near}); name one of those or the"
+          " module that registers it"
+      ) from error
+    if split not in self._task.splits:
+      splits = ", ".join(sorted(self._task.splits))
+      raise UserError(f"task {name!r} has no split {split!r}; use one of: {splits}")
+    self.vocabulary = self._task.output_features["targets"].vocabulary
+    self._options = dict(split=split, shuffle=shuffle, use_cached=use_cached, num_epochs=None)
+    self._stream: Any = iter(())
+    self._next = (None, 0)  # Seed of the stream, and the index that it gives next.
+
+  def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `Source`."""
+    del step  # The task knows of no training step.
+    if self._next[0] != seed or index < self._next[1]:
+      dataset = self._task.get_dataset(sequence_length=None, seed=seed, **self._options)
+      self._stream = dataset.skip(index).as_numpy_iterator()
+      self._next = (seed, index)
+    for _ in range(index - self._next[1] + 1):
+      example = next(self._stream, None)
+    if example is None:
+      raise UserError(f"task {self._task.name!r} has no examples in {self._options['split']!r}")
+    self._next = (seed, index + 1)
+    return join(example.get("inputs", ()), example["targets"])

@@ -1,0 +1,137 @@
+"""Long text: the files of a directory, each of them one document.
+
+The default corpus is the Python standard library's own sources, which every machine has: real,
+long, and no download.
+"""
+
+import collections
+import fnmatch
+import os
+import pathlib
+import sysconfig
+from typing import Sequence
+
+import numpy as np
+
+from famjax.data.examples import generator
+from famjax.data.examples import shuffled
+from famjax.data.vocabularies import Vocabulary
+from famjax.errors import UserError
+
+PATTERNS = ("*.txt", "*.md", "*.rst", "*.py")
+# Not the library itself: its tests, and what has been installed beside it.
+_NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+_VALIDATION_EVERY = 20
+
+
+def find_files(
+    directory: str | os.PathLike[str] | None = None,
+    patterns: str | Sequence[str] | None = None,
+    split: str = "all",
+) -> list[pathlib.Path]:
+  """Returns the files of a corpus that are not empty, in the order of their relative paths.
+
+  Args:
+    directory: searched with its subdirectories, hidden ones left out; None: the standard library.
+    patterns: of file names; None: `PATTERNS`, and "*.py" for the standard library.
+    split: "all"; "validation", every 20th file; or "train", the others.
+
+  Raises:
+    UserError: no such directory, no file with text in it, or no such split.
+  """
+  skipped = ()
+  if directory is None:
+    directory, skipped = sysconfig.get_paths()["stdlib"], _NOT_LIBRARY
+    patterns = patterns or ("*.py",)
+  patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or PATTERNS)
+  root = pathlib.Path(directory)
+  if not root.is_dir():
+    raise UserError(f"corpus {root}: no such directory; name one that holds text files")
+  if split not in ("all", "train", "validation"):
+    raise UserError(f"corpus split {split!r}: use all, train or validation")
+  files = []
+  for folder, folders, names in os.walk(root):
+    folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+    paths = [pathlib.Path(folder, name) for name in names]
+    files += [path for path in paths if any(fnmatch.fnmatch(path.name, p) for p in patterns)]
+  files = sorted(
+      (path for path in files if path.is_file() and path.stat().st_size),
+      key=lambda path: path.relative_to(root).as_posix(),
+  )
+  if not files:
+    raise UserError(
+        f"corpus {root}: no file {' or '.join(patterns)} with text in it; name another directory or"
+        " other patterns"
+    )
+  held_out = files[_VALIDATION_EVERY - 1 :: _VALIDATION_EVERY]
+  if split == "validation" and not held_out:
+    raise UserError(
+        f"corpus {root}: {len(files)} files are too few to hold one in {_VALIDATION_EVERY} out for"
+        " validation; name another directory for validation, with split all"
+    )
+  if split == "train":
+    return [path for i, path in enumerate(files, 1) if i % _VALIDATION_EVERY]
+  return held_out if split == "validation" else files
+
+
+class LongText:
+  """A `Source` of files: every token has weight 1, and a file ends with `eos_id`.
+
+  Attributes:
+    vocabulary: encodes a file when it is read.
+    files: of the corpus.
+  """
+
+  def __init__(
+      self,
+      vocabulary: Vocabulary,
+      directory: str | os.PathLike[str] | None = None,
+      patterns: str | Sequence[str] | None = None,
+      split: str = "all",
+      *,
+      excerpt_tokens: int | None = None,
+      shuffle: bool = True,
+      cache_tokens: int = 2**24,
+  ):
+    """Finds the files (see `find_files`, also for what it raises); reads none of them yet.
+
+    Args:
+      vocabulary: any.
+      directory: of the corpus; None: the Python standard library.
+      patterns: of file names.
+      split: "all", "train" or "validation".
+      excerpt_tokens: an example is this many tokens from a random place of a file, or the whole
+        file where that is shorter; None: whole files.
+      shuffle: every epoch has an order of its own, by the reader's seed; else the order of paths.
+      cache_tokens: files that were read last stay in memory up to so many tokens.
+    """
+    if excerpt_tokens is not None and excerpt_tokens < 2:
+      raise UserError(f"excerpt_tokens {excerpt_tokens}: use at least 2, or none for whole files")
+    self.vocabulary = vocabulary
+    self.files = find_files(directory, patterns, split)
+    self._excerpt = excerpt_tokens
+    self._shuffle = shuffle
+    self._capacity = cache_tokens
+    self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+
+  def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `Source`."""
+    del step  # The files are the same throughout.
+    size = len(self.files)
+    tokens = self._tokens(shuffled(seed, index, size) if self._shuffle else index % size)
+    if self._excerpt and len(tokens) > self._excerpt:
+      start = int(generator(seed, index).integers(len(tokens) - self._excerpt, endpoint=True))
+      tokens = tokens[start : start + self._excerpt]
+    return tokens, np.broadcast_to(np.float32(1), tokens.shape)
+
+  def _tokens(self, number: int) -> np.ndarray:
+    """Returns the tokens of a file, int32[n], and keeps those of the files that were read last."""
+    cache = self._cache
+    tokens = cache.pop(number, None)
+    if tokens is None:
+      text = self.files[number].read_text(encoding="utf-8", errors="replace")
+      tokens = np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
+      while cache and len(tokens) + sum(map(len, cache.values())) > self._capacity:
+        cache.popitem(last=False)
+    cache[number] = tokens
+    return tokens

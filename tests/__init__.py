@@ -1,0 +1,1 @@
+"""Tests of famjax; the folders mirror famjax/."""
