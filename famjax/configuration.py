@@ -1,0 +1,217 @@
+"""gin at the edge: which names a gin file can use, and how files and command line become a run.
+
+Nothing else in famjax knows gin. Files are stacked in the order in which they are given, and then
+the command line's `--gin.NAME=VALUE`; a later value replaces an earlier one. UPPERCASE names are
+macros: what a run file offers to be set.
+"""
+
+import ast
+import contextlib
+import difflib
+import functools
+import importlib.util  # gin 0.5 uses importlib.util without importing it  # noqa: F401
+import inspect
+import logging
+import os
+import pathlib
+import re
+import types
+import typing
+from typing import Any
+
+import gin
+
+import famjax
+from famjax import data
+from famjax.errors import UserError
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.training.config import TrainConfig
+from famjax.training.loop import TrainResult, train
+from famjax.training.optimizer import OptimizerConfig
+
+# Gin files, and what they include, are looked for from the working directory and from here.
+ROOT = pathlib.Path(famjax.__file__).resolve().parent.parent
+
+
+def vocabulary_size(name: str, multiple_of: int = 1) -> int:
+  """Entries of a vocabulary, rounded up, for `ModelConfig.vocab_size`.
+
+  Args:
+    name: see `famjax.data.load_vocabulary`.
+    multiple_of: rows of the embedding that fit the hardware's tiles: 128 on a TPU.
+  """
+  return -(-data.load_vocabulary(name).vocab_size // multiple_of) * multiple_of
+
+
+CONFIGURABLE = {
+    thing.__name__: thing
+    for thing in (
+        train, TrainConfig, ModelConfig, MemoryConfig, OptimizerConfig,
+        data.load_vocabulary, vocabulary_size,
+        data.PassKeyExamples, data.Lengths, data.LongText, data.TaskExamples,
+        data.ExampleReader, data.PackedReader, data.FollowingReader,
+    )
+}  # fmt: skip
+
+
+def configure(gin_files: list[str], bindings: list[str]) -> None:
+  """Reads gin files and then bindings, in place of whatever gin held before.
+
+  Args:
+    gin_files: paths, from the working directory or the root of famjax.
+    bindings: "NAME=VALUE" each; see `quoted` for a VALUE that is a plain string.
+
+  Raises:
+    UserError: a file is missing, a name is unknown, a value is missing.
+  """
+  gin.clear_config()
+  with _gin_errors():
+    for path in gin_files:
+      if not any((base / path).is_file() for base in (pathlib.Path(), ROOT)):
+        raise UserError(f"gin file {path!r} not found in {pathlib.Path.cwd()} or in {ROOT}")
+      gin.parse_config_file(path)
+  offered = _macros_in_use()
+  for binding in bindings:
+    name, equals, value = binding.partition("=")
+    if not equals:
+      raise UserError(f"--gin.{binding} has no value: write --gin.{name}=VALUE")
+    if re.fullmatch(r"\w+", name) and name not in offered:
+      raise UserError(f"no gin file of this run uses the name {name!r}{_near(name, offered)}")
+    with _gin_errors(f"--gin.{binding}: "):
+      gin.parse_config(f"{name} = {quoted(value)}")
+  _check_macros()
+  with _gin_errors():
+    gin.finalize()
+
+
+def train_from_gin() -> TrainResult:
+  """Runs `train` with the arguments that `configure` has given it."""
+  with _gin_errors(kinds=(TypeError,)):  # an argument that no file gives
+    arguments = gin.get_configurable("train")()
+  return train(**arguments, settings=operative_settings)
+
+
+def operative_settings() -> dict[str, str]:
+  """Every setting that this run has used so far, by name, as gin text with macros put in."""
+  text = gin.operative_config_str(max_line_length=10**6)
+  settings = dict(re.findall(r"^([\w./]+) = (.*?)\n(?=\S|\n|\Z)", text + "\n", re.M | re.S))
+  macros = {name: value for name, value in settings.items() if "." not in name}
+  while any(_MACRO.search(value) for value in settings.values()):
+    settings = {
+        name: _MACRO.sub(lambda m: macros.get(m[1], repr(m[1])), value)
+        for name, value in settings.items()
+    }
+  return {name: value for name, value in settings.items() if "." in name}
+
+
+def quoted(value: str) -> str:
+  """A value from the command line as gin text: what is no gin value is a string.
+
+  Numbers, True, None, quoted strings, tuples, lists, dicts, `@references` and `%MACROS` stay; so
+  `/data/books` needs no quotes of its own.
+  """
+  with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    literal = ast.literal_eval(_REFERENCE.sub("None", value))
+    return value.strip() if _REFERENCE.search(value) else repr(literal)
+  return repr(value)
+
+
+_MACRO = re.compile(r"%(\w+)\b(?!\.)")
+_REFERENCE = re.compile(r"(?<![\w/.])[@%][A-Za-z_][\w./]*(\(\))?")
+
+
+def _macros_in_use() -> set[str]:
+  """Macros that the files set or use."""
+  text = gin.config_str()
+  return set(re.findall(r"^(\w+) = ", text, re.M)) | set(_MACRO.findall(text))
+
+
+def _check_macros() -> None:
+  """Raises UserError for macros without a value, and for those that nothing uses."""
+  text = gin.config_str()
+  values = dict(re.findall(r"^(\w+) = (.*)$", text, re.M))
+  used = set(_MACRO.findall(text))
+  required = "%gin.REQUIRED"
+  missing = [n for n in sorted(used | set(values)) if values.get(n, required) == required]
+  if missing:
+    options = " ".join(f"--gin.{name}=..." for name in missing)
+    raise UserError(f"{', '.join(missing)} must be set: add {options}")
+  idle = sorted(set(values) - used)
+  if idle:
+    raise UserError(f"{', '.join(idle)} is set in a gin file, but nothing in this run uses it")
+
+
+def _near(name: str, known) -> str:
+  near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+  return f"; there is {', '.join(near)}" if near else ""
+
+
+@contextlib.contextmanager
+def _gin_errors(where: str = "", kinds=(ValueError, OSError, SyntaxError, ImportError)):
+  """Turns what gin raises about names and files into one line."""
+  logging.disable(logging.ERROR)  # gin logs a file that is missing, and then raises it
+  try:
+    yield
+  except UserError as e:
+    raise UserError(str(e).splitlines()[0]) from None  # gin has added where it was called
+  except kinds as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip(" ^")]
+    raise UserError(f"gin: {where}{' '.join(lines)}{_hint(lines[0])}") from None
+  finally:
+    logging.disable(logging.NOTSET)
+
+
+def _hint(message: str) -> str:
+  """What a message of gin's about an unknown name may have meant."""
+  if unknown := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
+    return _near(unknown[1].split("/")[-1], CONFIGURABLE)
+  if unknown := re.match(r"Configurable '(\w+)' doesn't have a parameter named '(\w+)'", message):
+    return _near(unknown[2], _signature(CONFIGURABLE[unknown[1]]).parameters)
+  return ""
+
+
+def _signature(thing) -> inspect.Signature:
+  """A signature in which `**kwargs` are replaced by the parameters of the base class."""
+  parameters = {}
+  for cls in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
+    own = inspect.signature(cls).parameters.values() if cls is not object else ()
+    named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters |= {p.name: p for p in named if p.name not in parameters}
+    if len(named) == len(own):
+      break
+  named_only = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters.values()]
+  return inspect.Signature(named_only)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+  """Raises UserError for a plain value of a type that its parameter does not take."""
+  kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  kinds = tuple(k for k in kinds if typing.get_origin(k) is not os.PathLike)  # a str, in gin
+  if not set(kinds) <= {int, float, str, bool, type(None)}:
+    return
+  taken = type(value)
+  if taken in kinds or (taken is int and float in kinds):
+    return
+  names = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+  raise UserError(f"{name} is {value!r}: it must be {names}")
+
+
+def _at_the_edge(name: str, thing):
+  """`thing` with named parameters alone, whose plain values are checked when it is called."""
+  signature = _signature(thing)
+  hints = {p.name: p.annotation for p in signature.parameters.values()}
+
+  @functools.wraps(thing, updated=())
+  def call(**kwargs):
+    for key, value in kwargs.items():
+      _check_type(f"{name}.{key}", value, hints[key])
+    return kwargs if thing is train else thing(**kwargs)
+
+  del call.__wrapped__
+  call.__signature__ = signature
+  return call
+
+
+for _name, _thing in CONFIGURABLE.items():
+  gin.external_configurable(_at_the_edge(_name, _thing), name=_name)
+gin.add_config_file_search_path(str(ROOT))

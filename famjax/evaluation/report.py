@@ -1,0 +1,103 @@
+"""What a PassKey study leaves for people: a table, a plot, and `report.json` beside them."""
+
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import platform
+import statistics
+
+import numpy as np
+
+# One model of one seed: "name", "seed", "parameters", "longest_trained_blocks",
+# "backpropagated_blocks", "train_seconds", "accuracy" {blocks: share}, and so on.
+Result = dict
+
+
+def machine() -> dict[str, object]:
+  """What the numbers of a report were measured on."""
+  import jax  # pylint: disable=g-import-not-at-top
+
+  return {
+      "processor": platform.processor() or platform.machine(),
+      "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+      "devices": sorted({d.device_kind for d in jax.devices()}),
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+  }
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+  """Writes JSON so that a reader finds the old file or the new one, never a part."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(path.suffix + ".part")
+  part.write_text(json.dumps(value, indent=2) + "\n")
+  part.replace(path)
+
+
+def table(results: Sequence[Result]) -> str:
+  """A Markdown table: a row for every model and seed, a column for every length in blocks."""
+  lengths = _lengths(results)
+  head = ["model", "seed", "parameters", "trained on, blocks", *map(str, lengths), "train, s"]
+  rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+  for r in results:
+    marks = [_mark(r["accuracy"].get(str(n))) for n in lengths]
+    rows.append([
+        r["name"], str(r["seed"]), f"{r['parameters']:,}", str(r["longest_trained_blocks"]),
+        *marks, f"{r['train_seconds']:.0f}",
+    ])  # fmt: skip
+  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  rows[1] = [cell.rjust(w, "-") for cell, w in zip(rows[1], widths)]
+  line = lambda row: "| " + " | ".join(
+      c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+  ) + " |"
+  return "\n".join(map(line, rows))
+
+
+def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
+  """Draws accuracy against length: a line for every model, a band over its seeds.
+
+  Args:
+    results: models and seeds; those of one name share a line.
+    path: of the PNG to write.
+    title: over the plot.
+  """
+  import matplotlib  # pylint: disable=g-import-not-at-top
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
+
+  figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+  names = list(dict.fromkeys(r["name"] for r in results))
+  for i, name in enumerate(names):
+    mine = [r for r in results if r["name"] == name]
+    lengths = _lengths(mine)
+    values = np.array([[r["accuracy"][str(n)] for n in lengths] for r in mine])  # [seeds, lengths]
+    color = f"C{i}"
+    style = dict(marker="o", markersize=4, linewidth=2 if name.startswith("FAM") else 1.4)
+    label = name if len(mine) == 1 else f"{name} (median of {len(mine)} seeds)"
+    axes.plot(lengths, np.median(values, axis=0), color=color, label=label, **style)
+    if len(mine) > 1:
+      axes.fill_between(lengths, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15)
+    trained = statistics.median(r["longest_trained_blocks"] for r in mine)
+    axes.axvline(trained, color=color, linestyle=":", linewidth=1)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(_lengths(results), labels=map(str, _lengths(results)))
+  axes.set_xticks([], minor=True)
+  axes.set_ylim(-0.03, 1.03)
+  axes.set_xlabel("document length in blocks (dotted: the longest that was trained on)")
+  axes.set_ylabel("pass keys retrieved whole")
+  axes.set_title(title)
+  axes.grid(alpha=0.25)
+  axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def _lengths(results: Sequence[Result]) -> list[int]:
+  return sorted({int(n) for r in results for n in r["accuracy"]})
+
+
+def _mark(value: float | None) -> str:
+  return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,206 @@
+"""A study: several models, several seeds, trained and asked for pass keys, in one report.
+
+Each model of each seed is a run of its own, `famjax train` and then `famjax eval`, in a process of
+its own: on a CPU as many at once as there are cores to share. A study that was stopped goes on
+where it was; a run that is finished is not trained again.
+"""
+
+from collections.abc import Sequence
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+from famjax.errors import UserError
+from famjax.evaluation import report
+
+RESULT = "passkey.json"  # what `famjax eval` leaves in a run's directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What to compare.
+
+  Attributes:
+    run_dir: gets `report.json`, the plot, the table, and a directory for every run.
+    models: name of each model, to what its runs add to the command line: gin files, and bindings
+      NAME=VALUE. Later ones win.
+    seeds: each model is trained once for each.
+    parallel: runs at a time, each on its share of the processor's cores; 1 on an accelerator.
+    title: of the plot.
+    prompt: a model of the first name and seed goes on from here, as a sample; empty: none does.
+    sample_tokens: how far.
+  """
+
+  run_dir: str
+  models: dict[str, Sequence[str]]
+  seeds: tuple[int, ...] = (0,)
+  parallel: int = 1
+  title: str = "PassKey retrieval"
+  prompt: str = ""
+  sample_tokens: int = 60
+
+  def validate(self) -> None:
+    """Raises UserError for a value that makes no sense."""
+    if not self.models or not self.seeds:
+      raise UserError("Study.models and Study.seeds must name at least one model and one seed")
+    if self.parallel < 1:
+      raise UserError(f"Study.parallel is {self.parallel}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  name: str
+  seed: int
+  directory: pathlib.Path
+  arguments: tuple[str, ...]
+
+  @property
+  def log(self) -> pathlib.Path:
+    return self.directory.with_suffix(".log")
+
+
+def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list[report.Result]:
+  """Trains and evaluates every model of every seed, and writes the report.
+
+  Args:
+    study: what to compare.
+    gin_files: of the base run, which the models' arguments are stacked on.
+    bindings: NAME=VALUE of the command line; they win over the models' files.
+
+  Returns:
+    The results, those of a failed run left out.
+
+  Raises:
+    UserError: a run failed; the line says which and where its log is.
+  """
+  study.validate()
+  root = pathlib.Path(study.run_dir)
+  root.mkdir(parents=True, exist_ok=True)
+  jobs = [
+      _job(study, name, seed, gin_files, bindings, root)
+      for seed in study.seeds
+      for name in study.models
+  ]
+  started = time.time()
+  print(f"{len(jobs)} runs, {study.parallel} at a time; logs: {root}/*.log", flush=True)
+  shares = _core_shares(study.parallel)
+  idle = list(range(study.parallel))
+  lock = threading.Lock()
+
+  def work(job: _Job) -> str | None:
+    with lock:
+      worker = idle.pop()
+    try:
+      return _run_job(job, shares[worker], started)
+    finally:
+      with lock:
+        idle.append(worker)
+
+  with concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
+    failures = [f for f in pool.map(work, jobs) if f]
+  results = [
+      {"name": job.name, "seed": job.seed, **json.loads((job.directory / RESULT).read_text())}
+      for job in jobs
+      if (job.directory / RESULT).exists()
+  ]
+  if results:
+    _write(study, root, results, [*gin_files, *bindings], time.time() - started)
+  if failures:
+    raise UserError("; ".join(failures))
+  return results
+
+
+def _job(study, name, seed, gin_files, bindings, root) -> _Job:
+  directory = root / f"{name.lower().replace(' ', '-')}-{seed}"
+  own = [a for a in study.models[name] if a.endswith(".gin")]
+  own_bindings = [a for a in study.models[name] if not a.endswith(".gin")]
+  files = [f"--gin_file={f}" for f in (*gin_files, *own)]
+  values = [*own_bindings, *bindings, f"RUN_DIR={directory}", f"SEED={seed}"]
+  return _Job(name, seed, directory, (*files, *(f"--gin.{v}" for v in values)))
+
+
+def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
+  """Trains and evaluates; returns what went wrong, if anything did."""
+  label = f"{job.name}, seed {job.seed}"
+  say = lambda text: print(f"[{time.time() - started:5.0f} s] {label}: {text}", flush=True)
+  if (job.directory / RESULT).exists():
+    say("done before")
+    return None
+  for command in ("train", "eval"):
+    arguments = [sys.executable, "-m", "famjax.cli", command, *job.arguments]
+    say({"train": "training", "eval": "evaluating"}[command])
+    with job.log.open("a") as log:
+      process = subprocess.Popen(
+          arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+          env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_pin(cores),
+      )  # fmt: skip
+      last = ""
+      for line in process.stdout:
+        log.write(line)
+        log.flush()
+        last = line.strip() or last
+        if line.startswith("step "):
+          say(line.strip())
+    if process.wait():
+      say(f"failed: {last}")
+      return f"{label} failed ({last}); its log is {job.log}"
+  accuracy = json.loads((job.directory / RESULT).read_text())["accuracy"]
+  say("  ".join(f"{n} blocks {a:.2f}" for n, a in accuracy.items()))
+  return None
+
+
+def _core_shares(parallel: int) -> list[list[int]]:
+  """Parts of the cores that this process may use, one for each worker; empty: no part."""
+  if parallel == 1 or not hasattr(os, "sched_getaffinity"):
+    return [[] for _ in range(parallel)]
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < parallel:
+    return [[] for _ in range(parallel)]
+  size = len(cores) // parallel
+  return [cores[i * size : (i + 1) * size] for i in range(parallel)]
+
+
+def _pin(cores: Sequence[int]):
+  """Keeps a child on its cores: two programs of one thread are faster than two that share two."""
+  return (lambda: os.sched_setaffinity(0, cores)) if cores else None
+
+
+def _write(study: Study, root: pathlib.Path, results, command, seconds: float) -> None:
+  """Writes report.json, the plot, the table and a sample, and shows table and sample."""
+  plot = root / "passkey.png"
+  report.plot(results, plot, study.title)
+  table = report.table(results)
+  sample = _sample(study, root)
+  report.write_json(root / "report.json", {
+      "title": study.title,
+      "command": ["famjax", "study", *command],
+      "machine": report.machine(),
+      "seconds": round(seconds, 1),
+      "sample": sample,
+      "results": results,
+  })  # fmt: skip
+  (root / "passkey.md").write_text(table + "\n")
+  print(f"\n{table}\n\nreport: {root / 'report.json'}   plot: {plot}", flush=True)
+
+
+def _sample(study: Study, root: pathlib.Path) -> dict[str, str] | None:
+  """Streams how the first model goes on from the prompt, and returns it."""
+  if not study.prompt:
+    return None
+  from famjax.inference.model import load  # pylint: disable=g-import-not-at-top
+
+  name, seed = next(iter(study.models)), study.seeds[0]
+  model = load(str(root / f"{name.lower().replace(' ', '-')}-{seed}"))
+  print(f"\n{name} goes on:\n{study.prompt} \033[1m", end="", flush=True)
+  pieces = []
+  for piece in model.generate(study.prompt, max_new_tokens=study.sample_tokens):
+    print(piece, end="", flush=True)
+    pieces.append(piece)
+  print("\033[0m", flush=True)
+  return {"prompt": study.prompt, "continuation": "".join(pieces)}

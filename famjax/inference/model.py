@@ -1,0 +1,205 @@
+"""A trained model with its vocabulary: read, continue, stream.
+
+    model = famjax.load("runs/quickstart/fam-0")
+    state = model.init_state(batch_size=1)
+    logits, state = model(tokens, state)
+    for piece in model.generate("The pass key is", max_new_tokens=20):
+      print(piece, end="")
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from famjax.data.vocabularies import Vocabulary, load_vocabulary
+from famjax.errors import UserError
+from famjax.model.config import MemoryConfig
+from famjax.model.decoder import Decoder
+from famjax.model.state import State
+from famjax.training.checkpoint import load_params
+
+_PREFILL_BLOCKS = 8  # blocks read in one call; one shape is compiled for all full calls
+
+
+class Model:
+  """A decoder, its vocabulary, and compiled functions of both.
+
+  Attributes:
+    decoder: weights and configuration.
+    vocabulary: of the text it was trained on.
+  """
+
+  def __init__(self, decoder: Decoder, vocabulary: Vocabulary):
+    self.decoder = decoder
+    self.vocabulary = vocabulary
+    self._graphdef, self._params = nnx.split(decoder)
+
+  @property
+  def config(self):
+    """The decoder's `ModelConfig`."""
+    return self.decoder.config
+
+  @property
+  def fam_prompt(self) -> jax.Array | None:
+    """`[F, D]`, the FAM prompt; None for a model without one."""
+    return self.decoder.fam_prompt[...] if hasattr(self.decoder, "fam_prompt") else None
+
+  def init_state(self, batch_size: int = 1) -> State:
+    """The state of rows that have read nothing."""
+    return self._init_state(self._params, batch_size)
+
+  def __call__(self, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """Reads `tokens` int32 `[B, S]`, S of any length, after what `state` remembers.
+
+    Compiled once for each S, and whether all rows stand at a block boundary.
+
+    Returns:
+      float32 logits `[B, S, V]` and the state after the tokens.
+
+    Raises:
+      UserError: a token outside the vocabulary, or a state of another batch.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[0] != state.position.shape[0]:
+      raise UserError(
+          f"tokens have shape {tokens.shape} and the state {state.position.shape[0]} rows: give"
+          " int tokens [B, S] with as many rows as the state has"
+      )
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+      raise UserError(
+          f"token {int(tokens.min() if tokens.min() < 0 else tokens.max())} is outside the"
+          f" vocabulary of {self.config.vocab_size}"
+      )
+    aligned = not np.any(np.asarray(state.position) % self.config.memory.block_size)
+    return self._read(self._params, jnp.asarray(tokens, jnp.int32), state, aligned)
+
+  def read(self, text: str, state: State | None = None) -> tuple[jax.Array, State]:
+    """Reads one row of text in constant memory.
+
+    Args:
+      text: at least one token long.
+      state: of one row; None: a fresh one.
+
+    Returns:
+      float32 logits `[V]` of what comes next, and the state.
+
+    Raises:
+      UserError: the text is empty.
+    """
+    tokens = np.asarray(self.vocabulary.encode(text), np.int32)
+    if not tokens.size:
+      raise UserError("the prompt is empty: give at least one token of text")
+    state = self.init_state() if state is None else state
+    N = self.config.memory.block_size
+    chunk = N * _PREFILL_BLOCKS
+    to_boundary = -int(state.position[0]) % N
+    cuts = list(range(min(to_boundary, len(tokens)), len(tokens), chunk))
+    for piece in np.split(tokens, [c for c in cuts if c]):
+      logits, state = self(piece[None], state)
+    return logits[0, -1], state
+
+  def generate(
+      self,
+      prompt: str,
+      *,
+      max_new_tokens: int = 100,
+      temperature: float = 0.0,
+      seed: int = 0,
+      state: State | None = None,
+  ) -> Iterator[str]:
+    """Streams what comes after a prompt, until the vocabulary's end symbol.
+
+    Args:
+      prompt: text to read first.
+      max_new_tokens: at most so many tokens.
+      temperature: 0 takes the likeliest token, else the logits are divided by it and drawn from.
+      seed: of the draws; the same seed gives the same text.
+      state: what was read before; None: nothing.
+
+    Yields:
+      Pieces of text, whole characters each.
+    """
+    logits, state = self.read(prompt, state)
+    ids, written = [], ""
+    for i in range(max_new_tokens):
+      key = jax.random.fold_in(jax.random.key(seed), i)
+      token = int(_pick(logits, key, temperature))
+      if token == self.vocabulary.eos_id:
+        return
+      ids.append(token)
+      text = self.vocabulary.decode(ids)
+      if not text.endswith("\ufffd"):  # else the token ends in the middle of a character
+        yield text[len(written) :]
+        written = text
+      if i + 1 < max_new_tokens:
+        logits, state = self(np.full((1, 1), token), state)
+        logits = logits[0, -1]
+
+  @functools.cached_property
+  def _read(self):
+    def read(params, tokens, state, aligned):
+      return nnx.merge(self._graphdef, params)(tokens, state, aligned=aligned)
+
+    return jax.jit(read, static_argnums=3)
+
+  @functools.cached_property
+  def _init_state(self):
+    def init_state(params, batch_size):
+      return nnx.merge(self._graphdef, params).init_state(batch_size)
+
+    return jax.jit(init_state, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _pick(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
+  """The next token of float32 logits `[V]`."""
+  if temperature == 0:
+    return logits.argmax()
+  return jax.random.categorical(key, logits / temperature)
+
+
+def load(
+    path: str, memory: MemoryConfig | None = None, *, fam_prompt: jax.Array | None = None
+) -> Model:
+  """Loads a model from a run or checkpoint directory.
+
+  Args:
+    path: the directory of a run, of its checkpoints or of one of them.
+    memory: another memory than it was trained with; no weight but the FAM's own depends on it.
+    fam_prompt: `[F, D]`, a FAM prompt to start from. Where a FAM is asked for that the checkpoint
+      does not hold, and none is given, its prompt is drawn from the embedding.
+
+  Raises:
+    UserError: no checkpoint there, or a prompt of another shape.
+  """
+  params, config, vocabulary = load_params(path)
+  if memory is not None:
+    config = dataclasses.replace(config, memory=memory)
+  decoder = Decoder(config, rngs=nnx.Rngs(0))
+  own = nnx.to_pure_dict(nnx.state(decoder))
+  missing = [k for k in own if k not in params and not k.startswith("fam_")]
+  if missing:
+    raise UserError(f"checkpoint {path} lacks the parameters {', '.join(missing)}")
+  values = {k: params.get(k, v) for k, v in own.items()}
+  if fam_prompt is not None:
+    values["fam_prompt"] = jnp.asarray(fam_prompt)
+  elif "fam_prompt" in own and "fam_prompt" not in params:
+    values["fam_prompt"] = _drawn_prompt(params["embedder"]["embedding"], config.memory.length)
+  for name in ("fam_prompt", "fam_prefix"):
+    if name in values and (name not in own or values[name].shape != own[name].shape):
+      expected = own[name].shape if name in own else "no such weight"
+      raise UserError(f"{name} has shape {values[name].shape}; this memory takes {expected}")
+  state = nnx.state(decoder)
+  nnx.replace_by_pure_dict(state, values)
+  nnx.update(decoder, state)
+  return Model(decoder, load_vocabulary(vocabulary))
+
+
+def _drawn_prompt(embedding: jax.Array, length: int) -> jax.Array:
+  """`[F, D]`: embeddings of tokens drawn at random (SPEC B.1)."""
+  return embedding[jax.random.randint(jax.random.key(0), (length,), 0, embedding.shape[0])]

@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, train state, step, checkpoints, metrics, and the loop over them."""

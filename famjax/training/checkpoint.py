@@ -1,0 +1,301 @@
+"""Checkpoints through Orbax: all that the next step depends on, written in the background.
+
+A run keeps its checkpoints in `<RUN_DIR>/checkpoints/<steps done>/`:
+
+    params      the parameters, which is all that inference reads
+    training    the rest of the `TrainState`: optimizer, step, RNG, carried state, kept FAM
+    reader      the position of the data reader
+    metadata    JSON: the model's configuration and the vocabulary's name
+
+Orbax writes a step beside its final place, moves it there, and puts a marker in it. A step without
+the marker, or one that cannot be read back, is not whole: it is passed over, and the newest whole
+step is taken instead.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from typing import Any, NamedTuple
+import warnings
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from famjax.errors import UserError
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.decoder import Decoder
+from famjax.training.train_state import Params, TrainState, split
+
+_MARKER = "commit_success.txt"
+_FAM = ("fam_prompt", "fam_prefix")
+
+
+class About(NamedTuple):
+  """What a checkpoint says about itself.
+
+  Attributes:
+    model: configuration of the model.
+    vocabulary: name of the vocabulary, as `famjax.data.load_vocabulary` takes it.
+  """
+
+  model: ModelConfig
+  vocabulary: str
+
+
+class Restored(NamedTuple):
+  """A run's newest whole checkpoint.
+
+  Attributes:
+    state: as it was saved.
+    position: of the reader, after the last step's batch.
+    skipped: one line for each newer step that is not whole.
+  """
+
+  state: TrainState
+  position: np.ndarray
+  skipped: list[str]
+
+
+class Checkpoints:
+  """The checkpoints of one run. Close it, or use it in a `with` block: saving goes on meanwhile."""
+
+  def __init__(self, directory: pathlib.Path, keep: int):
+    """Looks at a directory, which is made when it is first needed.
+
+    Args:
+      directory: absolute or relative; `<RUN_DIR>/checkpoints`.
+      keep: newest steps that stay.
+    """
+    self.directory = directory.absolute()
+    self._keep = keep
+    self._checkpointer = None
+    self._newest = None  # step of the last save
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def save(self, state: TrainState, position: np.ndarray, about: About, step: int) -> None:
+    """Copies what is to be saved, and writes it in the background.
+
+    Args:
+      state: its arrays may be given away (donated) as soon as this returns.
+      position: of the reader, after the last step's batch.
+      about: goes into the metadata.
+      step: steps done, `state.step`. A step that was just saved is not saved again.
+    """
+    if step == self._newest:
+      return
+    if self._checkpointer is None:
+      newest = ocp.training.preservation_policies.LatestN(self._keep)
+      self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=newest)
+    self._checkpointer.save_checkpointables_async(
+        step,
+        {
+            "params": state.params,
+            "training": _without_empty(state.replace(params=None)),
+            "reader": {"position": np.asarray(position)},
+        },
+        force=True,
+        custom_metadata={"model": dataclasses.asdict(about.model), "vocabulary": about.vocabulary},
+    )
+    self._newest = step
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+      self._checkpointer = None
+
+  def restore_newest(
+      self, template: TrainState, position: np.ndarray, about: About
+  ) -> Restored | None:
+    """Reads the newest step that is whole.
+
+    Newer steps, which are not whole, are set aside as `<step>.unreadable`.
+
+    Args:
+      template: a state of the structure, shapes and dtypes that are expected.
+      position: the same for the reader's position.
+      about: what the run is; the checkpoint has to be of the same model and vocabulary.
+
+    Returns:
+      None if there is no checkpoint.
+
+    Raises:
+      UserError: there are checkpoints, but none is whole; or one is of another model.
+    """
+    skipped = {}
+    for step in reversed(list_steps(self.directory)):
+      path = self.directory / str(step)
+      try:
+        saved = read_about(path)
+        check_model(path, saved.model, about.model, ignore=("remat",))
+        check_vocabulary(path, saved.vocabulary, about.vocabulary)
+        loaded = _load(path, {
+            "params": template.params,
+            "training": _without_empty(template.replace(params=None)),
+            "reader": {"position": np.asarray(position)},
+        })  # fmt: skip
+      except UserError:
+        raise
+      except Exception as error:  # pylint: disable=broad-exception-caught  # a cut file raises anything
+        skipped[path] = f"checkpoint {path} is not whole ({_reason(error)})"
+        continue
+      for broken in skipped:
+        broken.rename(broken.with_name(broken.name + ".unreadable"))
+      self._newest = step
+      state = _with_empty(template, loaded["training"].replace(params=loaded["params"]))
+      return Restored(state, loaded["reader"]["position"], list(skipped.values()))
+    if skipped:
+      raise UserError(
+          f"{next(iter(skipped.values()))} and no older one is either: delete {self.directory} to"
+          " start anew"
+      )
+    return None
+
+
+def list_steps(directory: pathlib.Path) -> list[int]:
+  """Steps that have a checkpoint, whole or not, in rising order."""
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def read_about(path: pathlib.Path) -> About:
+  """Reads what one step's directory says about itself; raises if it is not a whole checkpoint."""
+  if not (path / _MARKER).is_file():
+    raise FileNotFoundError(f"{_MARKER} is missing")
+  with _quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
+    data = checkpointer.checkpointables_metadata(int(path.name)).custom_metadata
+  if not data:
+    raise ValueError("its metadata cannot be read")
+  model = dict(data["model"])
+  memory = MemoryConfig(**model.pop("memory"))
+  return About(ModelConfig(memory=memory, **model), data["vocabulary"])
+
+
+def load_params(path: str | pathlib.Path) -> tuple[Params, ModelConfig, str]:
+  """Reads the parameters of a checkpoint, for inference or for another run to start from.
+
+  Args:
+    path: a run's directory, its `checkpoints` directory (the newest whole step is taken), or one
+      step's directory.
+
+  Returns:
+    The parameters, a nested dict for `nnx.merge`; the configuration of their model; and the name
+    of its vocabulary.
+
+  Raises:
+    UserError: there is no whole checkpoint.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.name.isdigit() and not list_steps(path):
+    directory, steps = path.parent, [int(path.name)]
+  else:
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = list_steps(directory)[::-1]
+  reasons = []
+  for step in steps:
+    try:
+      about = read_about(directory / str(step))
+      abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
+      return _load(directory / str(step), {"params": abstract})["params"], *about
+    except Exception as error:  # pylint: disable=broad-exception-caught  # see restore_newest
+      reasons.append(f"step {step} is not whole ({_reason(error)})")
+  why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
+  raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
+
+
+def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
+  """Fresh parameters with the loaded ones of the same model in their places.
+
+  A FAM that the checkpoint lacks, or has with another shape, starts as in the paper (SPEC 2, B.1):
+  from the embeddings, here the loaded ones, of tokens drawn at random.
+
+  Args:
+    fresh: of the new model.
+    loaded: from `load_params`; the two models differ in their memory at most, see `check_model`.
+    seed: of the draw.
+  """
+  embedding = loaded["embedder"]["embedding"]
+  adopted = {name: value for name, value in loaded.items() if name not in _FAM}
+  for name in _FAM:
+    if name in fresh:
+      adopted[name] = loaded.get(name)
+      if adopted[name] is None or adopted[name].shape != fresh[name].shape:
+        places = fresh[name].shape[:-1]
+        drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
+        adopted[name] = embedding[drawn].astype(fresh[name].dtype)
+  return adopted
+
+
+def check_model(path, saved: ModelConfig, wanted: ModelConfig, ignore: tuple[str, ...]) -> None:
+  """Raises UserError naming the first field in which two configurations differ."""
+  for field in dataclasses.fields(ModelConfig):
+    theirs, ours = getattr(saved, field.name), getattr(wanted, field.name)
+    if field.name not in ignore and theirs != ours:
+      raise UserError(
+          f"checkpoint {path} is of another model: {field.name} is {theirs} there and {ours} here;"
+          " use its configuration or another checkpoint"
+      )
+
+
+def check_vocabulary(path, saved: str, wanted: str) -> None:
+  """Raises UserError if a checkpoint was trained with another vocabulary."""
+  if saved != wanted:
+    raise UserError(
+        f"checkpoint {path} was trained with the vocabulary {saved!r}, not {wanted!r}: its tokens"
+        f" mean other text; use {saved!r} or another checkpoint"
+    )
+
+
+def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+  """Reads checkpointables of one step, shaped and placed like `items`."""
+
+  def abstract(x):
+    if isinstance(x, np.ndarray):
+      return x
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  with _quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
+    return checkpointer.load_checkpointables(int(path.name), jax.tree.map(abstract, items))
+
+
+def _without_empty(tree):
+  """Orbax takes no array of size 0, which a FAM of length 0 is: None in its place."""
+  return jax.tree.map(lambda x: x if x.size else None, tree)
+
+
+def _with_empty(template, tree):
+  """The inverse of `_without_empty`, by a template."""
+  return jax.tree.map(lambda t, x: x if t.size else jnp.zeros(t.shape, t.dtype), template, tree)
+
+
+def _reason(error: BaseException) -> str:
+  """The first line of what began a chain of exceptions."""
+  while error.__cause__ or error.__context__:
+    error = error.__cause__ or error.__context__
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps Orbax from logging what is raised, and turned into one line, anyway."""
+  # A load that fails leaves the rest of its reads unstarted, and Python says so at some later time.
+  warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler", RuntimeWarning)
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)

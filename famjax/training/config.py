@@ -1,0 +1,76 @@
+"""What a training run does, apart from its model, data and optimizer."""
+
+import dataclasses
+
+from famjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Options of `train`.
+
+  Attributes:
+    train_steps: optimizer steps of the whole run.
+    seed: of the initial parameters and of every random draw of a step.
+    accumulate: microbatches that a batch's rows are cut into; gradients are summed over them.
+    follow_rows: each row of the batch goes on, from step to step, in the document that its reader
+      follows: FAM and memory segments are carried, without gradient. Otherwise every row starts
+      anew in every step.
+    rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
+      paper's best is 0.8. Without a FAM it does nothing.
+    random_offset: starting rows draw a random position offset (B.2.2).
+    offset_cap: the draw is below min(2 pi rope_theta, offset_cap).
+    loss_chunk: tokens whose logits stand in memory at once.
+    init_checkpoint: checkpoint directory or run directory whose parameters a fresh run starts from.
+    eval_every: steps between evaluations; 0: only at the end.
+    eval_batches: batches of an evaluation, the same ones each time.
+    checkpoint_every: steps between checkpoints; 0: only at the end.
+    keep_checkpoints: newest checkpoints that stay.
+    log_every: steps between lines of metrics, and the only times that the loop waits for the device.
+    tensorboard: metrics also go to TensorBoard event files.
+  """
+
+  train_steps: int = 1000
+  seed: int = 0
+  accumulate: int = 1
+  follow_rows: bool = False
+  rsp_probability: float = 0.0
+  random_offset: bool = False
+  offset_cap: int = 65536
+  loss_chunk: int = 1024
+  init_checkpoint: str | None = None
+  eval_every: int = 0
+  eval_batches: int = 8
+  checkpoint_every: int = 0
+  keep_checkpoints: int = 3
+  log_every: int = 100
+  tensorboard: bool = True
+
+  def validate(self) -> None:
+    """Raises UserError for a value that makes no sense."""
+    for name in (
+        "train_steps", "accumulate", "offset_cap", "loss_chunk", "eval_batches", "keep_checkpoints",
+        "log_every",
+    ):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    for name in ("seed", "eval_every", "checkpoint_every"):
+      if getattr(self, name) < 0:
+        raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+    if not 0 <= self.rsp_probability <= 1:
+      raise UserError(f"rsp_probability is {self.rsp_probability}; it must be in [0, 1]")
+
+  def check_batch_size(self, batch_size: int) -> None:
+    """Raises UserError if `accumulate` does not divide the rows of a batch."""
+    if batch_size % self.accumulate:
+      raise UserError(
+          f"accumulate {self.accumulate} does not divide a batch of {batch_size} rows: choose a"
+          " batch size that is a multiple of it"
+      )
+
+
+# Options that do not change what a step computes: they may differ when a run is resumed.
+MAY_CHANGE = frozenset({
+    "train_steps", "init_checkpoint", "eval_every", "eval_batches", "checkpoint_every",
+    "keep_checkpoints", "log_every", "tensorboard",
+})  # fmt: skip

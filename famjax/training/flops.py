@@ -1,0 +1,101 @@
+"""Model FLOPs by a written formula, and the share of the hardware's peak that a run reaches.
+
+A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
+
+    matrices   2 * (L * P + D * V)        P = D*H*d + 2*D*K*d + H*d*D + 3*D*ff, a layer's matrices
+    attention  4 * L * H * d * keys       keys: the visible tokens of SPEC section 1, averaged over
+                                          the places of a row; what a kernel masks out is not counted
+    FAM        L/N * (2*F*P + 4*H*d*F * (N + F) + 4*H*d*F * N)
+                                          a block's F vectors through the layer's matrices; their
+                                          attention to the block and to one another; the block's
+                                          N tokens' attention to them
+
+Training is three times the forward pass: the backward pass makes a gradient for each of the two
+factors of every product. What rematerialisation computes again is not counted, so that a policy
+that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
+left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).
+
+Utilisation (MFU) is FLOPs per token times tokens per second over the peak of the devices, dense
+bfloat16 whatever the compute dtype. A CPU has no such published number: there it is None.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from famjax.model.config import MemoryConfig, ModelConfig
+
+# Dense bfloat16 FLOP/s of one JAX device, by its `device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class FlopsPerToken(NamedTuple):
+  """Training FLOPs per token.
+
+  Attributes:
+    matrices: of products with weights, for tokens.
+    attention: of tokens' attention to tokens.
+    fam: everything that the FAM adds; 0 for BSWA.
+  """
+
+  matrices: float
+  attention: float
+  fam: float
+
+  @property
+  def total(self) -> float:
+    return sum(self)
+
+
+def visible_keys(memory: MemoryConfig, length: int, followed: bool) -> float:
+  """Token keys that a query sees (SPEC section 1), averaged over the places of a row.
+
+  Args:
+    memory: block size, segments, window.
+    length: S, tokens of a row in one step.
+    followed: the row goes on from an earlier step, so that all segments exist.
+  """
+  N, M = memory.block_size, memory.memory_segments
+  place = np.arange(length)
+  segments = M if followed else np.minimum(place // N, M)
+  keys = segments * N + place % N + 1
+  return float(np.mean(keys if memory.window is None else np.minimum(keys, memory.window)))
+
+
+def flops_per_token(config: ModelConfig, length: int, followed: bool = False) -> FlopsPerToken:
+  """Training FLOPs per token; see the formula above.
+
+  Args:
+    config: of the model.
+    length: S, tokens of a row in one step.
+    followed: rows go on from step to step.
+  """
+  L, D, V, ff = config.num_layers, config.model_dim, config.vocab_size, config.hidden_width
+  H, K, d = config.num_heads, config.kv_heads, config.head_width
+  N, F = config.memory.block_size, config.memory.length
+  layer = D * H * d + 2 * D * K * d + H * d * D + 3 * D * ff
+  attend = 4 * H * d  # for each query and key: one product for the logit, one for the result
+  keys = visible_keys(config.memory, length, followed)
+  matrices = 2 * (L * layer + D * V)
+  fam = L / N * (2 * F * layer + attend * F * (N + F) + attend * F * N)
+  return FlopsPerToken(3.0 * matrices, 3.0 * L * attend * keys, 3.0 * fam)
+
+
+def utilisation(
+    flops: FlopsPerToken, tokens_per_second: float, device_kind: str, devices: int = 1
+) -> float | None:
+  """The share of the devices' peak that a run reaches (MFU); None where no peak is known."""
+  peak = PEAK_FLOPS.get(device_kind)
+  return None if peak is None else flops.total * tokens_per_second / (peak * devices)

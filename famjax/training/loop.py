@@ -1,0 +1,287 @@
+"""The training loop, from top to bottom: check, build, initialise, write, train, end."""
+
+from collections.abc import Callable
+import contextlib
+import math
+import operator
+import os
+import pathlib
+import signal
+import threading
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import numpy as np
+
+from famjax.data import Reader, prefetch
+from famjax.errors import DivergedError, UserError
+from famjax.model.config import ModelConfig
+from famjax.model.decoder import Decoder
+from famjax.model.state import empty_state
+from famjax.training import parameters, run_directory
+from famjax.training.checkpoint import About, Checkpoints, adopt, check_model, check_vocabulary
+from famjax.training.checkpoint import load_params
+from famjax.training.config import TrainConfig
+from famjax.training.flops import flops_per_token
+from famjax.training.metrics import Clock, MetricsWriter, Progress, speed
+from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from famjax.training.step import make_eval_step, make_train_step
+from famjax.training.train_state import TrainState, init_train_state, split
+
+
+class TrainResult(NamedTuple):
+  """What a run ends with.
+
+  Attributes:
+    state: after the last step.
+    metrics: the last training and evaluation metrics, by split and name.
+    terminated: SIGTERM ended the run before its last step.
+  """
+
+  state: TrainState
+  metrics: dict[str, dict[str, float]]
+  terminated: bool
+
+
+def train(
+    run_dir: str | os.PathLike[str],
+    model: ModelConfig,
+    train_reader: Reader,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    config: TrainConfig = TrainConfig(),
+    eval_reader: Reader | None = None,
+    vocabulary: str = "bytes",
+    *,
+    settings: Callable[[], dict[str, str]] = dict,
+) -> TrainResult:
+  """Trains a model, or goes on with a run that was stopped.
+
+  A run that was stopped after k steps and started again ends with the same bits as one that was
+  not stopped, on the same hardware with the same number of devices.
+
+  Args:
+    run_dir: the run's directory; see run_directory.py for what is in it.
+    model: of the model.
+    train_reader: gives a batch per step; its length is a multiple of the block size.
+    optimizer: how parameters move.
+    config: everything else.
+    eval_reader: gives the batches of an evaluation; None: there is none.
+    vocabulary: the name under which a checkpoint records the readers' vocabulary.
+    settings: gives every setting by name, to be saved with the run; the command line's is gin's.
+
+  Returns:
+    The last state and metrics.
+
+  Raises:
+    UserError: something does not fit together; nothing has been written then.
+    DivergedError: a loss or gradient is not finite. The newest checkpoint is from before it.
+  """
+  # ------------------------------------------------------------------------------------ check
+  for part in (model, optimizer, config):
+    part.validate()
+  run_dir = pathlib.Path(run_dir)
+  config.check_batch_size(train_reader.batch_size)
+  for reader in filter(None, (train_reader, eval_reader)):
+    _check_reader(reader, model)
+  description = run_directory.describe(
+      model, optimizer, config, train_reader, vocabulary, settings()
+  )
+  run_directory.check(run_dir, description)
+
+  # ------------------------------------------------------------------------- model and optimizer
+  graphdef, _ = split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+  transformation = make_optimizer(optimizer, config.train_steps)
+  schedule = make_schedule(optimizer, config.train_steps)
+  train_step = make_train_step(graphdef, model, config, transformation, schedule)
+  eval_step = make_eval_step(graphdef, model, config)
+  flops = flops_per_token(model, train_reader.length, config.follow_rows)
+  about = About(model, vocabulary)
+  begin = lambda params: init_train_state(
+      params, transformation, model, config, train_reader.batch_size
+  )
+  fresh_params = lambda: split(Decoder(model, rngs=nnx.Rngs(config.seed)))[1]
+  fresh = jax.jit(lambda: begin(fresh_params()))
+
+  # --------------------------------------------------------------------------------- initialise
+  # In this order: this run's own newest whole checkpoint; another checkpoint's parameters; chance.
+  checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+  restored = checkpoints.restore_newest(jax.eval_shape(fresh), train_reader.start(), about)
+  if restored is not None:
+    state, position = restored.state, restored.position
+    notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
+  elif config.init_checkpoint:
+    loaded, theirs, name = load_params(config.init_checkpoint)
+    check_model(config.init_checkpoint, theirs, model, _MAY_DIFFER)
+    check_vocabulary(config.init_checkpoint, name, vocabulary)
+    state = begin(adopt(jax.eval_shape(fresh_params), loaded, config.seed))
+    position = train_reader.start()
+    notes = [f"starting from the parameters of {config.init_checkpoint}"]
+  else:
+    state, position = fresh(), train_reader.start()
+    notes = [f"starting from random parameters, seed {config.seed}"]
+  first_step = int(state.step)
+  table = parameters.table(state.params)
+
+  # --------------------------------------------------------------------------- write what it is
+  run_directory.write(run_dir, description, table)
+  writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
+  for name, value in description["gin"].items():
+    print(f"{name} = {value}")
+  print(table, *notes, *filter(None, [writer.note]), sep="\n", flush=True)
+
+  # -------------------------------------------------------------------------------------- train
+  device = jax.devices()[0].device_kind, jax.device_count()
+  progress = Progress(config.train_steps, first_step)
+  last = {}
+
+  def report(split_name: str, step: int, values: dict[str, float]) -> None:
+    last[split_name] = values
+    writer.write(step, split_name, values)
+
+  def evaluate(step: int) -> None:
+    values = run_evaluation(eval_step, state.params, eval_reader, model, config)
+    report("eval", step, values)
+    progress.say(f"step {step}  eval loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}")
+
+  with contextlib.ExitStack() as stack:
+    stack.callback(progress.close)
+    stack.callback(writer.close)
+    stack.enter_context(checkpoints)
+    asked_to_stop = stack.enter_context(_on_sigterm())
+    batches = prefetch(train_reader, position, first_step)
+    stack.callback(batches.close)
+    clock, waiting = Clock(), []  # metrics of steps that the host has not looked at yet
+    step = first_step
+    while step < config.train_steps and not asked_to_stop.is_set():
+      _, batch, position = next(batches)
+      state, metrics = train_step(state, batch)
+      waiting.append(metrics)
+      step += 1
+      if step == first_step + 1:
+        jax.block_until_ready(metrics)
+        progress.say(f"first step, with compilation: {clock.lap():.1f} s")
+        tokens_timed = -float(metrics["tokens"])  # its time is not counted, nor are its tokens
+      is_last = step == config.train_steps
+      log_now = step % config.log_every == 0 or is_last
+      save_now = is_last or (config.checkpoint_every and step % config.checkpoint_every == 0)
+      eval_now = is_last or (config.eval_every and step % config.eval_every == 0)
+      if log_now or save_now or eval_now:
+        waiting = _look_at(waiting, step, run_dir)
+      if log_now:
+        values = _average(waiting)
+        tokens = tokens_timed + sum(float(m["tokens"]) for m in waiting)
+        if tokens > 0:
+          values |= speed(flops, tokens, clock.lap(), *device)
+        report("train", step, values)
+        progress.advance(step, values)
+        waiting, tokens_timed = [], 0.0
+      with clock.paused():
+        if save_now:
+          checkpoints.save(state, position, about, step)
+        if eval_now and eval_reader is not None:
+          evaluate(step)
+
+    # ------------------------------------------------------------------------------------- end
+    terminated = step < config.train_steps
+    if terminated:
+      _look_at(waiting, step, run_dir)
+      checkpoints.save(state, position, about, step)
+    elif step == first_step:  # there was nothing left to do
+      progress.say(f"{run_dir} has all of its {config.train_steps} steps")
+      if eval_reader is not None:
+        evaluate(step)
+  if terminated:
+    print(
+        f"famjax: SIGTERM: saved {run_dir} after step {step} of {config.train_steps}; the same"
+        " command goes on from there",
+        flush=True,
+    )
+  return TrainResult(state, last, terminated)
+
+
+# What a checkpoint's model may have otherwise when its parameters start another run.
+_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype")
+
+
+def run_evaluation(
+    eval_step, params, reader: Reader, model: ModelConfig, config: TrainConfig
+) -> dict[str, float]:
+  """Loss, accuracy and perplexity over the first `eval_batches` batches of a reader."""
+  carry = empty_state(model, reader.batch_size) if config.follow_rows else None
+  position, total = reader.start(), None
+  for step in range(config.eval_batches):
+    batch, position = reader.read(position, step)
+    sums, carry = eval_step(params, carry, batch)
+    total = sums if total is None else jax.tree.map(operator.add, total, sums)
+  loss, weight, correct = map(float, jax.device_get(total))
+  weight = weight or 1.0
+  mean = loss / weight
+  return {
+      "loss": mean,
+      "accuracy": correct / weight,
+      "perplexity": math.exp(min(mean, 700.0)),
+      "weight": weight,
+  }
+
+
+def _check_reader(reader: Reader, model: ModelConfig) -> None:
+  """Raises UserError if a reader's batches do not fit the model."""
+  block_size, size = model.memory.block_size, reader.vocabulary.vocab_size
+  if reader.length % block_size:
+    raise UserError(
+        f"the length of a batch, {reader.length} tokens, is not a multiple of block_size"
+        f" {block_size}: change one of them"
+    )
+  if size > model.vocab_size:
+    raise UserError(
+        f"the vocabulary has {size} entries and the model's vocab_size is {model.vocab_size}: raise"
+        " vocab_size or use another vocabulary"
+    )
+
+
+def _look_at(waiting: list, last_step: int, run_dir: pathlib.Path) -> list:
+  """Brings metrics to the host, and raises DivergedError for the first that is not finite."""
+  waiting = jax.device_get(waiting)
+  for step, metrics in enumerate(waiting, last_step - len(waiting) + 1):
+    for name in ("loss", "grad_norm"):
+      if not np.isfinite(metrics[name]):
+        raise DivergedError(
+            f"{name} is {metrics[name]} at step {step}: the run has stopped; checkpoints in"
+            f" {run_dir / 'checkpoints'} are from before it. Lower the learning rate, or clip"
+        )
+  return waiting
+
+
+def _average(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
+  """Means over steps; losses and accuracies by weight. `learning_rate` is the last one."""
+  weights = np.array([m["weight"] for m in metrics], np.float64)
+  by_weight = lambda name: float(
+      sum(m[name] * w for m, w in zip(metrics, weights)) / (weights.sum() or 1.0)
+  )
+  return {
+      "loss": by_weight("loss"),
+      "accuracy": by_weight("accuracy"),
+      "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
+      "learning_rate": float(metrics[-1]["learning_rate"]),
+  }
+
+
+@contextlib.contextmanager
+def _on_sigterm():
+  """An event that SIGTERM sets. A second SIGTERM ends the process as it always does."""
+  event = threading.Event()
+
+  def note(signum, frame):
+    del signum, frame
+    event.set()
+    signal.signal(signal.SIGTERM, before)
+
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  before = signal.signal(signal.SIGTERM, note)
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, before)

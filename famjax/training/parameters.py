@@ -1,0 +1,34 @@
+"""A table of a model's parameters."""
+
+import math
+
+import jax
+
+from famjax.training.train_state import Params
+
+
+def count(params: Params) -> int:
+  """Number of parameters in a tree of arrays or of shapes."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def names(params: Params) -> dict[str, jax.Array]:
+  """Parameters by dotted name: `layers.attention.query.kernel`."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def table(params: Params) -> str:
+  """One aligned line per parameter - name, shape, dtype, count - and their total."""
+  rows = [
+      (name, str(list(x.shape)), str(x.dtype), f"{math.prod(x.shape):,}")
+      for name, x in names(params).items()
+  ]
+  rows = [("parameter", "shape", "dtype", "count"), *rows, ("total", "", "", f"{count(params):,}")]
+  wide = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = [
+      f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {dtype:<{wide[2]}}  {number:>{wide[3]}}"
+      for name, shape, dtype, number in rows
+  ]
+  rule = "-" * len(lines[0])
+  return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,0 +1,105 @@
+"""A run's directory: what it belongs to, and what is written into it.
+
+    config.json      model, data, optimizer and training options, for the comparison on resuming
+    config.gin       the same as a gin file, where the run was started with gin
+    parameters.txt   table of parameters
+    metrics.jsonl    metrics, and TensorBoard event files beside it
+    checkpoints/     see checkpoint.py
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from famjax.errors import UserError
+from famjax.training.config import MAY_CHANGE
+from famjax.training.metrics import write_text
+
+# Settings by the name that they have in gin that change no step of training.
+_FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat"}
+_FREE |= {f"TrainConfig.{name}" for name in MAY_CHANGE}
+
+
+def describe(
+    model: Any, optimizer: Any, config: Any, reader: Any, vocabulary: str, settings: dict[str, str]
+) -> dict[str, Any]:
+  """What a run is, as JSON.
+
+  Args:
+    model: `ModelConfig`.
+    optimizer: `OptimizerConfig`.
+    config: `TrainConfig`.
+    reader: of the training data; its class, shape and seed are taken.
+    vocabulary: its name.
+    settings: everything that was configured by gin, by name, as text; may be empty.
+  """
+  return {
+      "model": dataclasses.asdict(model),
+      "optimizer": dataclasses.asdict(optimizer),
+      "train": dataclasses.asdict(config),
+      "data": {
+          "vocabulary": vocabulary,
+          "reader": type(reader).__name__,
+          "batch_size": reader.batch_size,
+          "length": reader.length,
+          "seed": getattr(reader, "seed", 0),
+      },
+      "gin": settings,
+  }
+
+
+def check(directory: pathlib.Path, description: dict[str, Any]) -> None:
+  """Raises UserError if a directory belongs to a run of another configuration.
+
+  Options that change no step (`config.MAY_CHANGE`, evaluation, rematerialisation) may differ. A
+  name that only one of the two knows is passed over, so that a new option does not orphan old runs.
+  """
+  path = directory / "config.json"
+  if directory.exists() and not directory.is_dir():
+    raise UserError(f"run directory {directory} is a file: name a directory")
+  if not path.exists():
+    if (directory / "checkpoints").exists():
+      raise UserError(
+          f"run directory {directory} has checkpoints and no config.json, so nobody knows what they"
+          " are of: name another directory"
+      )
+    return
+  try:
+    saved = _flatten(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, OSError) as e:
+    raise UserError(f"{path} cannot be read ({e}): name another run directory") from e
+  wanted = _flatten(json.loads(json.dumps(description)))
+  for name, value in wanted.items():
+    if name in saved and saved[name] != value and not _is_free(name):
+      raise UserError(
+          f"run directory {directory} belongs to another configuration: {name} is {saved[name]}"
+          f" there and {value} here; name another run directory, or delete this one"
+      )
+
+
+def write(directory: pathlib.Path, description: dict[str, Any], parameter_table: str) -> None:
+  """Makes the directory and writes what the run is."""
+  directory.mkdir(parents=True, exist_ok=True)
+  write_text(directory / "parameters.txt", parameter_table + "\n")
+  if description["gin"]:
+    lines = [f"{name} = {value}\n" for name, value in description["gin"].items()]
+    write_text(directory / "config.gin", "".join(lines))
+  write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
+
+
+def _is_free(name: str) -> bool:
+  kind, _, field = name.partition(".")
+  if kind == "gin":
+    return field in _FREE or field.startswith("eval/")
+  return (kind == "train" and field in MAY_CHANGE) or name == "model.remat"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

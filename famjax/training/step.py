@@ -1,0 +1,194 @@
+"""One training step and one evaluation step, as pure functions of state and batch."""
+
+from collections.abc import Callable
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from famjax.model.config import ModelConfig
+from famjax.model.state import State, empty_state, restart
+from famjax.training.config import TrainConfig
+from famjax.training.loss import LossSums, next_token_loss
+from famjax.training.train_state import Params, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Makes the training step.
+
+  Args:
+    graphdef: of the `Decoder`, see `train_state.split`.
+    model_config: of the model.
+    config: `accumulate`, `follow_rows`, `rsp_probability`, `random_offset`, `offset_cap`,
+      `loss_chunk`.
+    optimizer: optax transformation.
+    schedule: step to learning rate, for the metrics.
+
+  Returns:
+    A jitted function of a state, whose memory it takes over, and a batch: `tokens`, `targets`
+    int32 `[B, S]`, `weights` float32 `[B, S]`, `start_of_sequence` bool `[B]`, `lengths` int32
+    `[B]`; S is a multiple of the block size and B of `accumulate`. It returns the next state and
+    float32 scalars: `loss` (nats per unit of weight), `accuracy`, `weight`, `tokens`,
+    `grad_norm` (before clipping), `learning_rate`.
+  """
+
+  def loss_of_rows(params: Params, rows: tuple[State, jax.Array, Batch]):
+    memory, start, batch = rows
+    model = nnx.merge(graphdef, params)
+    hidden, after = model.hidden(
+        batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"], aligned=True
+    )
+    sums = next_token_loss(
+        model.logits, hidden, batch["targets"], batch["weights"], config.loss_chunk
+    )
+    kept = (after.fam[:, 0], after.fam_updates[0])  # row 0's
+    return sums.loss, (sums, kept, after if config.follow_rows else None)
+
+  gradient = jax.grad(loss_of_rows, has_aux=True)
+
+  def whole_batch(params, rows):
+    """Sums of gradients and losses over the batch, row 0's FAM, and where the rows stopped."""
+    if config.accumulate == 1:
+      grads, (sums, kept, after) = gradient(params, rows)
+      return grads, sums, kept, after
+
+    def add(total, rows):
+      grads, (sums, kept, after) = gradient(params, rows)
+      return jax.tree.map(jnp.add, total, (grads, sums)), (kept, after)
+
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+    zero = jax.tree.map(zeros, params), LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    (grads, sums), (kept, after) = jax.lax.scan(add, zero, split_rows(rows, config.accumulate))
+    return grads, sums, jax.tree.map(lambda x: x[0], kept), join_rows(after)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    memory, start = starting_memory(state, batch["start_of_sequence"], model_config, config)
+    grads, sums, (fam, updates), after = whole_batch(state.params, (memory, start, batch))
+    weight = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding has no gradient
+    grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    kept_fam, kept_updates = state.kept_fam, state.kept_updates
+    if kept_fam is not None:
+      kept_fam = jnp.where(updates > 0, fam, kept_fam)  # row 0 may have been too short for a block
+      kept_updates = jnp.where(updates > 0, updates, kept_updates)
+    metrics = {
+        "loss": sums.loss / weight,
+        "accuracy": sums.correct / weight,
+        "weight": sums.weight,
+        "tokens": batch["lengths"].sum().astype(jnp.float32),
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule(state.step),
+    }
+    next_state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, steps),
+        opt_state=opt_state,
+        carry=after,
+        kept_fam=kept_fam,
+        kept_updates=kept_updates,
+    )
+    return next_state, metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def starting_memory(
+    state: TrainState, start: jax.Array, model_config: ModelConfig, config: TrainConfig
+) -> tuple[State, jax.Array]:
+  """What each row remembers when a step begins, with everything that is drawn at random.
+
+  Random position offset (B.2.2): a starting row's offset is uniform in `[0, min(2 pi theta, cap))`
+  times a fair coin; it stays with the row while it is followed. Random state passing (B.2.3): with
+  `rsp_probability` a starting row starts from the kept FAM, once there is one.
+
+  Args:
+    state: of the run.
+    start: bool `[B]`, the batch's `start_of_sequence`.
+    model_config: of the model.
+    config: see `make_train_step`.
+
+  Returns:
+    The memory of the rows, and bool `[B]`, the rows that start from the initial FAM.
+  """
+  B = start.shape[0]
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+  offset_key, coin_key, passing_key = jax.random.split(key, 3)
+  memory = state.carry
+  if memory is None:
+    memory, start = empty_state(model_config, B, past=False), jnp.ones(B, bool)
+  offset = jnp.zeros(B, jnp.int32)
+  if config.random_offset:
+    limit = min(math.ceil(2 * math.pi * model_config.rope_theta), config.offset_cap)
+    coin = jax.random.bernoulli(coin_key, 0.5, (B,))
+    offset = jax.random.randint(offset_key, (B,), 0, limit) * coin
+  memory = memory.replace(offset=jnp.where(start, offset, memory.offset))
+  if state.kept_fam is not None:
+    passed = start & jax.random.bernoulli(passing_key, config.rsp_probability, (B,))
+    passed &= state.kept_updates > 0
+    memory = restart(memory, passed, fam=state.kept_fam, fam_updates=state.kept_updates)
+    start = start & ~passed
+  return memory, start
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, model_config: ModelConfig, config: TrainConfig
+) -> Callable[[Params, State | None, Batch], tuple[LossSums, State | None]]:
+  """Makes the evaluation step: no random offset, no passed state, rows followed as in training.
+
+  Returns:
+    A jitted function of parameters, where the rows stopped (None if rows are not followed) and a
+    batch, to the batch's sums and where the rows stop now.
+  """
+
+  def eval_step(params: Params, carry: State | None, batch: Batch):
+    model = nnx.merge(graphdef, params)
+    start = batch["start_of_sequence"]
+    if carry is None:
+      carry, start = empty_state(model_config, start.shape[0], past=False), jnp.ones_like(start)
+    hidden, after = model.hidden(
+        batch["tokens"], carry, start_of_sequence=start, lengths=batch["lengths"], aligned=True
+    )
+    sums = next_token_loss(
+        model.logits, hidden, batch["targets"], batch["weights"], config.loss_chunk
+    )
+    return sums, after if config.follow_rows else None
+
+  return jax.jit(eval_step)
+
+
+def split_rows(tree, parts: int):
+  """Cuts the rows of every leaf into `parts`, on a new leading axis."""
+
+  def cut(x):
+    axis = _row_axis(x)
+    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+  return jax.tree.map(cut, tree)
+
+
+def join_rows(tree):
+  """The inverse of `split_rows`."""
+
+  def join(x):
+    axis = _row_axis(x[0])
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+  return jax.tree.map(join, tree)
+
+
+def _row_axis(x: jax.Array) -> int:
+  """Rows come first in a batch's arrays, `[B]` or `[B, S]`; a State's rings and FAM are `[L, B, ...]`."""
+  return 0 if x.ndim <= 2 else 1

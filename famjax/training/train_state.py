@@ -1,0 +1,78 @@
+"""Everything that the next training step depends on, but the data: one pytree."""
+
+from typing import Any
+
+from flax import nnx
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from famjax.model.config import ModelConfig
+from famjax.model.state import State, empty_state
+from famjax.training.config import TrainConfig
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class TrainState:
+  """The state of a run between two steps.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: nested dict of parameters, named as in `Decoder`.
+    opt_state: optax's.
+    rng: uint32 `[2]`, key data of the run's seed; step `s` draws from `fold_in(rng, s)`, so that it
+      never changes.
+    carry: where each row stopped, if rows are followed; else None.
+    kept_fam: `[L, F, D]`, row 0's FAM after its last full block (random state passing, B.2.3); None
+      if it is off or there is no FAM.
+    kept_updates: int32 scalar, times that `kept_fam` was written; 0: nothing is kept yet.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  rng: jax.Array
+  carry: State | None
+  kept_fam: jax.Array | None
+  kept_updates: jax.Array | None
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+  """Parts a model into its structure, a static value, and its parameters, a nested dict of arrays.
+
+  `nnx.merge(graphdef, params)` makes it whole again.
+  """
+  graphdef, params = nnx.split(model)
+  return graphdef, nnx.to_pure_dict(params)
+
+
+def init_train_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    batch_size: int,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    params: initial parameters.
+    optimizer: gives the optimizer's state.
+    model_config: gives the shapes of the carried state and of the kept FAM.
+    config: `seed`, `follow_rows`, `rsp_probability`.
+    batch_size: B, rows of a batch.
+  """
+  L, F, D = model_config.num_layers, model_config.memory.length, model_config.model_dim
+  passing = config.rsp_probability > 0 and F > 0
+  return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      opt_state=optimizer.init(params),
+      rng=jax.random.key_data(jax.random.key(config.seed)),
+      carry=empty_state(model_config, batch_size) if config.follow_rows else None,
+      kept_fam=jnp.zeros((L, F, D), model_config.compute_dtype) if passing else None,
+      kept_updates=jnp.int32(0) if passing else None,
+  )

@@ -1,0 +1,1 @@
+"""Tests of famjax/model, against the slow reference in reference.py."""

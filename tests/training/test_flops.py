@@ -1,0 +1,64 @@
+"""The FLOPs formula against a count by hand and against the compiler's own."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.decoder import Decoder
+from famjax.training.flops import flops_per_token, utilisation, visible_keys
+from famjax.training.train_state import split
+
+
+def brute_force(memory, length, followed):
+  keys = 0
+  for p in range(length):
+    block = p // memory.block_size
+    first = block - memory.memory_segments
+    first = first if followed else max(first, 0)
+    seen = p - first * memory.block_size + 1
+    keys += seen if memory.window is None else min(seen, memory.window)
+  return keys / length
+
+
+@pytest.mark.parametrize("followed", [False, True])
+@pytest.mark.parametrize("segments, window", [(0, None), (1, None), (3, None), (2, 5)])
+def test_visible_keys(segments, window, followed):
+  memory = MemoryConfig("bswa", block_size=4, memory_segments=segments, window=window)
+  for length in (4, 12, 28):
+    assert visible_keys(memory, length, followed) == brute_force(memory, length, followed)
+
+
+def test_the_fam_costs_about_f_over_n():
+  config = ModelConfig(vocab_size=256, num_layers=18, model_dim=1536, num_heads=12, ff_dim=12288)
+  flops = flops_per_token(config, 8192)
+  assert flops.fam / (flops.total - flops.fam) == pytest.approx(64 / 1024, rel=0.05)
+  bswa = dataclasses.replace(config, memory=dataclasses.replace(config.memory, kind="bswa"))
+  assert flops_per_token(bswa, 8192) == flops._replace(fam=0.0)
+
+
+def test_one_block_agrees_with_the_compiler():
+  """One block and one layer, so that nothing is inside a loop that the compiler counts once."""
+  N = 64
+  memory = MemoryConfig("bswa", block_size=N, memory_segments=0)
+  config = ModelConfig(
+      vocab_size=512, num_layers=1, model_dim=128, num_heads=2, num_kv_heads=1, memory=memory
+  )
+  graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  tokens = jax.ShapeDtypeStruct((1, N), jnp.int32)
+  forward = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t)[0]).lower(params, tokens).compile()
+  counted = forward.cost_analysis()["flops"] / N
+  formula = flops_per_token(config, N)
+  masked = 4 * config.num_heads * config.head_width * (N - 1) / 2  # computed, then masked out
+  assert counted == pytest.approx(formula.total / 3 + masked, rel=0.03)
+
+
+def test_utilisation():
+  flops = flops_per_token(ModelConfig(), 1024)
+  rate = 197e12 / flops.total
+  assert utilisation(flops, rate, "TPU v5 lite") == pytest.approx(1)
+  assert utilisation(flops, rate, "TPU v5 lite", devices=4) == pytest.approx(0.25)
+  assert utilisation(flops, rate, "cpu") is None

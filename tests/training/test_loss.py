@@ -1,0 +1,58 @@
+"""The chunked loss equals the direct one, and its memory does not grow with the tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famjax.training.loss import next_token_loss
+
+
+def make(B, S, D, V, seed=0):
+  rng = np.random.default_rng(seed)
+  hidden = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
+  head = jnp.asarray(rng.normal(size=(D, V)) / D**0.5, jnp.float32)
+  targets = jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32)
+  weights = jnp.asarray(rng.choice([0, 0.1, 1], (B, S)), jnp.float32)
+  return hidden, head, targets, weights
+
+
+def direct(hidden, head, targets, weights):
+  logits = hidden @ head
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  correct = logits.argmax(-1) == targets
+  return (loss * weights).sum(), (weights.sum(), (correct * weights).sum())
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 7, 64, 4096])
+def test_equals_direct_loss_and_gradient(chunk_tokens):
+  hidden, head, targets, weights = make(3, 17, 8, 29)
+
+  def chunked(hidden, head, targets, weights):
+    sums = next_token_loss(lambda h: h @ head, hidden, targets, weights, chunk_tokens)
+    return sums.loss, (sums.weight, sums.correct)
+
+  evaluate = lambda f: jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, head, targets, weights)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+      evaluate(chunked),
+      evaluate(direct),
+  )
+
+
+def test_a_large_vocabulary_stands_in_memory_a_chunk_at_a_time():
+  tokens, V, D = 8500, 256_000, 64
+  shape = jax.ShapeDtypeStruct
+  arguments = (
+      shape((1, tokens, D), jnp.float32), shape((D, V), jnp.float32),
+      shape((1, tokens), jnp.int32), shape((1, tokens), jnp.float32),
+  )  # fmt: skip
+
+  def loss(hidden, head, targets, weights):
+    return next_token_loss(lambda h: h @ head, hidden, targets, weights, 1024).loss
+
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  chunk = 1024 * V * 4
+  assert memory < 3.5 * chunk  # the logits of all tokens are 8.3 chunks, and the direct loss holds several such
+  assert memory < tokens * V * 4 / 2
