@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import re
+import tokenize
 import types
 import typing
 from typing import Any
@@ -29,8 +30,10 @@ from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, train
 from famjax.training.optimizer import OptimizerConfig
 
-# Gin files, and what they include, are looked for from the working directory and from here.
-ROOT = pathlib.Path(famjax.__file__).resolve().parent.parent
+# Gin files, and what they include, are looked for from the working directory, inside the installed
+# package (a wheel carries gin/ as famjax/gin/), and in the checkout.
+_PACKAGE = pathlib.Path(famjax.__file__).resolve().parent
+SEARCHED = (pathlib.Path(), _PACKAGE, _PACKAGE.parent)
 
 
 def vocabulary_size(name: str, multiple_of: int = 1) -> int:
@@ -65,28 +68,31 @@ def configure(gin_files: list[str], bindings: list[str]) -> None:
     UserError: a file is missing, a name is unknown, a value is missing.
   """
   gin.clear_config()
+  texts = []
   with _gin_errors():
     for path in gin_files:
-      if not any((base / path).is_file() for base in (pathlib.Path(), ROOT)):
-        raise UserError(f"gin file {path!r} not found in {pathlib.Path.cwd()} or in {ROOT}")
-      gin.parse_config_file(path)
-  offered = _macros_in_use()
+      if _find(path) is None:
+        places = ", ".join(str(base.absolute()) for base in SEARCHED)
+        raise UserError(f"gin file {path!r} not found; looked in {places}")
+      texts += _texts(gin.parse_config_file(path))
+  offered = {name for text in texts for name in (*_DEFINED.findall(text), *_MACRO.findall(text))}
   for binding in bindings:
     name, equals, value = binding.partition("=")
     if not equals:
       raise UserError(f"--gin.{binding} has no value: write --gin.{name}=VALUE")
     if re.fullmatch(r"\w+", name) and name not in offered:
       raise UserError(f"no gin file of this run uses the name {name!r}{_near(name, offered)}")
+    texts.append(f"{name} = {quoted(value)}")
     with _gin_errors(f"--gin.{binding}: "):
-      gin.parse_config(f"{name} = {quoted(value)}")
-  _check_macros()
+      gin.parse_config(texts[-1])
+  _check_macros({name for text in texts for name in _MACRO.findall(text)})
   with _gin_errors():
     gin.finalize()
 
 
 def train_from_gin() -> TrainResult:
   """Runs `train` with the arguments that `configure` has given it."""
-  with _gin_errors(kinds=(TypeError,)):  # an argument that no file gives
+  with _gin_errors(kinds=()):
     arguments = gin.get_configurable("train")()
   return train(**arguments, settings=operative_settings)
 
@@ -116,23 +122,28 @@ def quoted(value: str) -> str:
   return repr(value)
 
 
+_DEFINED = re.compile(r"^(\w+)\s*=", re.M)
 _MACRO = re.compile(r"%(\w+)\b(?!\.)")
 _REFERENCE = re.compile(r"(?<![\w/.])[@%][A-Za-z_][\w./]*(\(\))?")
 
 
-def _macros_in_use() -> set[str]:
-  """Macros that the files set or use."""
-  text = gin.config_str()
-  return set(re.findall(r"^(\w+) = ", text, re.M)) | set(_MACRO.findall(text))
+def _find(path: str) -> pathlib.Path | None:
+  return next((base / path for base in SEARCHED if (base / path).is_file()), None)
 
 
-def _check_macros() -> None:
-  """Raises UserError for macros without a value, and for those that nothing uses."""
+def _texts(parsed) -> list[str]:
+  """The text of a gin file and of all that it includes."""
+  own = _find(parsed.filename).read_text(encoding="utf-8")
+  return [own, *(text for included in parsed.includes for text in _texts(included))]
+
+
+def _check_macros(used: set[str]) -> None:
+  """Raises UserError for macros without a value, and for those that nothing ever used."""
   text = gin.config_str()
   values = dict(re.findall(r"^(\w+) = (.*)$", text, re.M))
-  used = set(_MACRO.findall(text))
   required = "%gin.REQUIRED"
-  missing = [n for n in sorted(used | set(values)) if values.get(n, required) == required]
+  needed = set(_MACRO.findall(text)) | set(values)
+  missing = [name for name in sorted(needed) if values.get(name, required) == required]
   if missing:
     options = " ".join(f"--gin.{name}=..." for name in missing)
     raise UserError(f"{', '.join(missing)} must be set: add {options}")
@@ -146,8 +157,11 @@ def _near(name: str, known) -> str:
   return f"; there is {', '.join(near)}" if near else ""
 
 
+_PARSING = (ValueError, OSError, SyntaxError, ImportError, tokenize.TokenError)
+
+
 @contextlib.contextmanager
-def _gin_errors(where: str = "", kinds=(ValueError, OSError, SyntaxError, ImportError)):
+def _gin_errors(where: str = "", kinds=_PARSING):
   """Turns what gin raises about names and files into one line."""
   logging.disable(logging.ERROR)  # gin logs a file that is missing, and then raises it
   try:
@@ -197,12 +211,15 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _at_the_edge(name: str, thing):
-  """`thing` with named parameters alone, whose plain values are checked when it is called."""
+  """`thing` with named parameters alone, which are checked when it is called."""
   signature = _signature(thing)
   hints = {p.name: p.annotation for p in signature.parameters.values()}
 
   @functools.wraps(thing, updated=())
   def call(**kwargs):
+    for p in signature.parameters.values():
+      if p.name not in kwargs and p.default is p.empty:
+        raise UserError(f"{name}.{p.name} must be set: add --gin.{name}.{p.name}=...")
     for key, value in kwargs.items():
       _check_type(f"{name}.{key}", value, hints[key])
     return kwargs if thing is train else thing(**kwargs)
@@ -214,4 +231,5 @@ def _at_the_edge(name: str, thing):
 
 for _name, _thing in CONFIGURABLE.items():
   gin.external_configurable(_at_the_edge(_name, _thing), name=_name)
-gin.add_config_file_search_path(str(ROOT))
+for _place in SEARCHED[1:]:
+  gin.add_config_file_search_path(str(_place))

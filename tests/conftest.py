@@ -1,7 +1,8 @@
 """What every test shares: JAX on the CPU, and hypothesis profiles without deadlines.
 
-Compiling takes seconds the first time a shape is seen, so a deadline per example would measure the compiler. The profile `ci`
-(HYPOTHESIS_PROFILE=ci) draws the same examples on every run; the default one looks for new ones.
+Compiling takes seconds the first time a shape is seen, so that a deadline per example would measure
+the compiler. The profile `ci` (HYPOTHESIS_PROFILE=ci) draws the same examples on every run; the
+default one looks for new ones.
 """
 
 import os

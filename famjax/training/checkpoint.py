@@ -145,7 +145,8 @@ class Checkpoints:
         })  # fmt: skip
       except UserError:
         raise
-      except Exception as error:  # pylint: disable=broad-exception-caught  # a cut file raises anything
+      except Exception as error:  # pylint: disable=broad-exception-caught
+        # A cut file raises anything.
         skipped[path] = f"checkpoint {path} is not whole ({_reason(error)})"
         continue
       for broken in skipped:
@@ -207,7 +208,7 @@ def load_params(path: str | pathlib.Path) -> tuple[Params, ModelConfig, str]:
       about = read_about(directory / str(step))
       abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
       return _load(directory / str(step), {"params": abstract})["params"], *about
-    except Exception as error:  # pylint: disable=broad-exception-caught  # see restore_newest
+    except Exception as error:  # pylint: disable=broad-exception-caught
       reasons.append(f"step {step} is not whole ({_reason(error)})")
   why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")

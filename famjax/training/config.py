@@ -26,7 +26,7 @@ class TrainConfig:
     eval_batches: batches of an evaluation, the same ones each time.
     checkpoint_every: steps between checkpoints; 0: only at the end.
     keep_checkpoints: newest checkpoints that stay.
-    log_every: steps between lines of metrics, and the only times that the loop waits for the device.
+    log_every: steps between lines of metrics; the loop does not wait for the device in between.
     tensorboard: metrics also go to TensorBoard event files.
   """
 

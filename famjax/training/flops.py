@@ -3,8 +3,8 @@
 A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
 
     matrices   2 * (L * P + D * V)        P = D*H*d + 2*D*K*d + H*d*D + 3*D*ff, a layer's matrices
-    attention  4 * L * H * d * keys       keys: the visible tokens of SPEC section 1, averaged over
-                                          the places of a row; what a kernel masks out is not counted
+    attention  4 * L * H * d * keys       keys: visible tokens (SPEC section 1), averaged over the
+                                          places of a row; what a kernel masks out is not counted
     FAM        L/N * (2*F*P + 4*H*d*F * (N + F) + 4*H*d*F * N)
                                           a block's F vectors through the layer's matrices; their
                                           attention to the block and to one another; the block's

@@ -126,8 +126,8 @@ def train(
   # --------------------------------------------------------------------------- write what it is
   run_directory.write(run_dir, description, table)
   writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
-  for name, value in description["gin"].items():
-    print(f"{name} = {value}")
+  if description["gin"]:
+    print(run_directory.gin_text(description["gin"]), end="\n\n")
   print(table, *notes, *filter(None, [writer.note]), sep="\n", flush=True)
 
   # -------------------------------------------------------------------------------------- train

@@ -53,14 +53,33 @@ class MetricsWriter:
       self._events.close()
 
   def _open_events(self, directory):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on stderr otherwise
+    # pylint: disable=import-outside-toplevel
     try:
-      from clu import metric_writers  # pylint: disable=import-outside-toplevel
+      with _without_greeting():
+        from clu import metric_writers
+        import tensorflow as tf
 
-      return metric_writers.SummaryWriter(str(directory))
+        with contextlib.suppress(RuntimeError):  # it has begun to use them before
+          tf.config.set_visible_devices([], "GPU")  # accelerators are JAX's
+        return metric_writers.SummaryWriter(str(directory))
     except ImportError as e:
       self.note = f"no TensorBoard event files: {e}; pip install clu tensorflow tensorboard"
       return None
+
+
+@contextlib.contextmanager
+def _without_greeting():
+  """Sends standard error nowhere: TensorFlow's C++ part greets there, whatever the log level is."""
+  sys.stderr.flush()
+  kept = os.dup(2)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def _step_of(line: str) -> float:

@@ -83,9 +83,20 @@ def write(directory: pathlib.Path, description: dict[str, Any], parameter_table:
   directory.mkdir(parents=True, exist_ok=True)
   write_text(directory / "parameters.txt", parameter_table + "\n")
   if description["gin"]:
-    lines = [f"{name} = {value}\n" for name, value in description["gin"].items()]
-    write_text(directory / "config.gin", "".join(lines))
+    write_text(directory / "config.gin", gin_text(description["gin"]) + "\n")
   write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
+
+
+def gin_text(settings: dict[str, str]) -> str:
+  """Settings as a gin file, with a blank line between the things that are set."""
+  lines, before = [], None
+  for name, value in settings.items():
+    thing = name.rpartition(".")[0]
+    if before not in (None, thing):
+      lines.append("")
+    lines.append(f"{name} = {value}")
+    before = thing
+  return "\n".join(lines)
 
 
 def _is_free(name: str) -> bool:

@@ -190,5 +190,5 @@ def join_rows(tree):
 
 
 def _row_axis(x: jax.Array) -> int:
-  """Rows come first in a batch's arrays, `[B]` or `[B, S]`; a State's rings and FAM are `[L, B, ...]`."""
+  """Rows come first in a batch, `[B]` or `[B, S]`; a State's rings and FAM are `[L, B, ...]`."""
   return 0 if x.ndim <= 2 else 1

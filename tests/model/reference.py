@@ -1,8 +1,10 @@
 """TransformerFAM in NumPy float64, one row, token by token: what famjax/model must compute.
 
-Written from SPEC sections 1 and 2 (Algorithms 1 and 2 of arXiv 2404.09173), never from famjax/model: blocks outermost, layers inside,
-then tokens, then heads, all python loops. `dense_logits` is a second formulation for models without a FAM: whole matrices under an
-explicit mask. Both read the parameter names of `famjax.model.decoder.Decoder` and the fields of `ModelConfig`, and nothing else.
+Written from SPEC sections 1 and 2 (Algorithms 1 and 2 of arXiv 2404.09173), never from
+famjax/model: blocks outermost, layers inside, then tokens, then heads, all python loops.
+`dense_logits` is a second formulation for models without a FAM: whole matrices under an explicit
+mask. Both read the parameter names of `famjax.model.decoder.Decoder` and the fields of
+`ModelConfig`, and nothing else.
 """
 
 import dataclasses
@@ -164,7 +166,7 @@ def causal_mask(length: int) -> np.ndarray:
 
 
 def _initial_fam(params, config, layers, length, offset) -> list[np.ndarray]:
-  """Per layer the FAM [F, D] that stands before block 0: prefix, or the prompt carried up on its own."""
+  """Per layer the FAM [F, D] before block 0: a prefix, or the prompt carried up on its own."""
   if length == 0:
     return [np.zeros((0, config.model_dim)) for _ in layers]
   if config.memory.fam_init == "prefix":

@@ -1,6 +1,7 @@
-"""Property 8 of SPEC section 3: gradients reach the FAM prompt and cross memory segments, unless they are stopped.
+"""SPEC section 3, property 8: gradients reach the FAM prompt and cross segments unless stopped.
 
-Gradients are compared with finite differences of the float64 reference, so that they are the right ones and not just there.
+Gradients are compared with finite differences of the float64 reference, so that they are the right
+ones and not just there.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ def draw(config, seed, batch=1):
 
 
 def leaves(tree):
-  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
 def finite_difference(config, params, tokens, weights, direction, step=1e-5):
@@ -52,7 +54,7 @@ def finite_difference(config, params, tokens, weights, direction, step=1e-5):
   return (loss(1) - loss(-1)) / (2 * step)
 
 
-@pytest.mark.parametrize("config", [cases.FAM[0], cases.FAM[1], cases.FAM[7], cases.BSWA[3]])
+@pytest.mark.parametrize("config", [cases.FAM[1], cases.FAM[7], cases.BSWA[3]])
 def test_every_gradient_equals_finite_differences(config):
   """One random direction for each parameter array."""
   params, tokens, weights = draw(config, 3)
@@ -71,7 +73,7 @@ def test_every_gradient_equals_finite_differences(config):
 
 def test_gradient_of_the_fam_prompt_equals_finite_differences():
   """Entry by entry: through the climb up the layers and every update."""
-  config = cases.FAM[0]
+  config = cases.FAM[1]
   params, tokens, weights = draw(config, 6)
   grads = reference.to_numpy(gradient(config, params, tokens, weights))["fam_prompt"]
   exact = reference.to_numpy(params)
@@ -99,9 +101,9 @@ def test_gradients_reach_the_fam_from_its_last_use(config):
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
-@pytest.mark.parametrize("cuts", [None, (3, 6, 9), (2, 7, 9)])
+@pytest.mark.parametrize("cuts", [None, (2, 7, 9)])
 def test_gradients_cross_segments_unless_stopped(stop_gradient, cuts):
-  """Three blocks of three, two layers, M = 1: the last block's gradient reaches all or itself alone."""
+  """Three blocks, two layers, M = 1: the last block's gradient reaches all, or itself alone."""
   config = dataclasses.replace(
       cases.bswa(3, 1, 0, 2, (2, 1), tie_embeddings=False, stop_gradient=stop_gradient),
       vocab_size=9,

@@ -1,6 +1,7 @@
-"""SPEC section 3 on random shapes: limits (property 3) and weights (6), in float32 against the float64 reference.
+"""SPEC section 3 on random shapes: limits (property 3) and weights (6).
 
-Every logit and every field of the state is compared; the reference (reference.py) is written from the paper and goes token by token.
+float32 against the float64 reference, which is written from the paper and goes token by token
+(reference.py). Every logit and every field of the state is compared.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ def test_token_by_token_equals_reference(config, seed):
     data=st.data(),
 )
 def test_kept_fam_equals_reference(config, seed, data):
-  """Random state passing: row 0 starts from a kept FAM with the ordinary residual, row 1 from the initial one."""
+  """Random state passing: row 0 starts from a kept FAM (ordinary residual), row 1 afresh."""
   rng = np.random.default_rng(seed)
   params = cases.random_params(config, seed)
   kept = rng.standard_normal(

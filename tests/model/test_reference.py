@@ -1,4 +1,4 @@
-"""The reference agrees with itself: two formulations, limits and invariances that need no famjax model code."""
+"""The reference agrees with itself: two formulations, limits and invariances."""
 
 import dataclasses
 

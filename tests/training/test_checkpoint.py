@@ -13,6 +13,12 @@ from famjax.errors import UserError
 from famjax.training.checkpoint import About, Checkpoints, adopt, list_steps, load_params
 from tests.training import toy
 
+# Orbax leaves reads behind when a load fails, and pytest hears of them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+]
+
 change = dataclasses.replace
 CONFIG = change(toy.TRAIN, follow_rows=True, rsp_probability=0.8)
 ABOUT = About(toy.MODEL, "toy")

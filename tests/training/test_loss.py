@@ -54,5 +54,4 @@ def test_a_large_vocabulary_stands_in_memory_a_chunk_at_a_time():
   compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
   memory = compiled.memory_analysis().temp_size_in_bytes
   chunk = 1024 * V * 4
-  assert memory < 3.5 * chunk  # the logits of all tokens are 8.3 chunks, and the direct loss holds several such
-  assert memory < tokens * V * 4 / 2
+  assert memory < 3.5 * chunk  # the logits of all tokens alone would be 8.3 chunks

@@ -1,0 +1,166 @@
+"""Every gin file parses, every run of them resolves, and the command line's names are checked."""
+
+import pathlib
+
+import gin
+import pytest
+
+from famjax import configuration
+from famjax.configuration import CONFIGURABLE, configure, operative_settings, quoted
+from famjax.errors import UserError
+
+GIN = pathlib.Path(configuration.__file__).parent.parent / "gin"
+RUN = "gin/runs/long_text.gin"
+# What a run file leaves to be set, beside RUN_DIR.
+REQUIRED = {"packed_task": ["TASK=passkey", "VOCABULARY=bytes"]}
+
+
+def files(folder):
+  return sorted(path.relative_to(GIN.parent).as_posix() for path in (GIN / folder).glob("*.gin"))
+
+
+def resolve(gin_files, bindings):
+  """The arguments of `train`, with every object made."""
+  configure(gin_files, ["RUN_DIR=runs/test", *bindings])
+  arguments = gin.get_configurable("train")()
+  for name in ("model", "optimizer", "config"):
+    arguments[name].validate()
+  return arguments
+
+
+@pytest.mark.parametrize("path", files("runs"))
+def test_every_run_resolves(path):
+  name = pathlib.Path(path).stem
+  with pytest.raises(UserError, match="RUN_DIR"):
+    configure([path], [])
+  if "train.train_reader" not in (GIN.parent / path).read_text():
+    pytest.skip("is included by other runs")
+  arguments = resolve([path], REQUIRED.get(name, []))
+  reader, model = arguments["train_reader"], arguments["model"]
+  assert reader.length % model.memory.block_size == 0
+  assert reader.vocabulary.vocab_size <= model.vocab_size
+  header = (GIN.parent / path).read_text().split("\n\n")[0]
+  for word in ("To be set", "RUN_DIR", "Commonly overridden"):
+    assert word in header  # a run file says what it needs
+  settings = operative_settings()
+  assert settings["train.run_dir"] == "'runs/test'" and not any("%" in v for v in settings.values())
+
+
+@pytest.mark.parametrize("path", files("models") + files("memory") + files("options"))
+def test_every_other_file_stacks_on_a_run(path):
+  resolve([RUN, path], ["BATCH_SIZE=4"])
+  text = (GIN.parent / path).read_text()
+  assert text.startswith("# ")  # the first line says what it is
+
+
+def test_no_gin_file_is_left_out():
+  found = {path.relative_to(GIN.parent).as_posix() for path in GIN.rglob("*.gin")}
+  assert found == {p for f in ("runs", "models", "memory", "options") for p in files(f)}
+
+
+def test_the_command_line_wins_and_reaches_the_objects():
+  arguments = resolve(
+      [RUN, "gin/models/tiny.gin", "gin/memory/bswa.gin"],
+      [
+          "BATCH_SIZE=3", "CORPUS=" + str(pathlib.Path(__file__).parent), "LEARNING_RATE=1e-4",
+          "ModelConfig.num_layers=7", "MemoryConfig.fam_position=zero",
+          "eval/FollowingReader.length=%BLOCK_SIZE",
+      ],
+  )  # fmt: skip
+  model = arguments["model"]
+  assert (model.num_layers, model.model_dim, model.vocab_size) == (7, 128, 259)
+  assert (model.memory.kind, model.memory.fam_position) == ("bswa", "zero")
+  assert arguments["optimizer"].learning_rate == 1e-4
+  assert arguments["train_reader"].batch_size == 3
+  assert arguments["eval_reader"].length == 128 != arguments["train_reader"].length
+  assert all("tests" in str(f) for f in arguments["train_reader"].source.files)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("/data/books", "'/data/books'"), ("fam", "'fam'"), ("a b", "'a b'"), ("", "''"),
+        ("it's", '"it\'s"'), ("2024-01-01", "'2024-01-01'"), ("3 foo", "'3 foo'"), ("@", "'@'"),
+        ("/data/%20x", "'/data/%20x'"), ("user@host", "'user@host'"), ("100%", "'100%'"),
+        ("8", "8"), ("-1e-3", "-0.001"), ("True", "True"), ("None", "None"), ("'q'", "'q'"),
+        ("(1, 2)", "(1, 2)"), ("((0, 1), (9, 2))", "((0, 1), (9, 2))"), ("{'a': 1}", "{'a': 1}"),
+        ("%NAME", "%NAME"), ("@eval/Reader()", "@eval/Reader()"), ("(@a, %B)", "(@a, %B)"),
+    ],
+)  # fmt: skip
+def test_a_plain_string_needs_no_quotes(value, text):
+  assert quoted(value) == text
+
+
+WRONG = {
+    "BATCH_SIZ=8": "'BATCH_SIZ'; there is BATCH_SIZE",
+    "BATCH_SIZE": "--gin.BATCH_SIZE=VALUE",
+    "TrainConfg.seed=1": "'TrainConfg'.*there is TrainConfig",
+    "TrainConfig.sed=1": "named 'sed'.*there is seed",
+    "FollowingReader.bach_size=1": "named 'bach_size'.*there is batch_size",
+    "train.train_reader=@FolowingReader()": "@FolowingReader.*there is FollowingReader",
+    "BATCH_SIZE=%ROWS": "ROWS must be set: add --gin.ROWS=...",
+    "a/b c=1": "gin: ",
+}
+
+
+@pytest.mark.parametrize("binding", WRONG)
+def test_an_unknown_name_is_one_line(binding, capfd):
+  with pytest.raises(UserError, match=WRONG[binding]) as error:
+    configure([RUN], ["RUN_DIR=x", binding])
+  assert "\n" not in str(error.value)
+  assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("BATCH_SIZE=many", "FollowingReader.batch_size is 'many': it must be int"),
+        ("TrainConfig.seed=1.5", "TrainConfig.seed is 1.5: it must be int"),
+        ("TrainConfig.follow_rows=yes", "follow_rows is 'yes': it must be bool"),
+        ("LEARNING_RATE=fast", "learning_rate is 'fast': it must be float"),
+        ("MemoryConfig.window=wide", "window is 'wide': it must be int or None"),
+        ("RUN_DIR=7", "run_dir is 7: it must be str"),
+        ("BATCH_SIZE=0", "batch_size 0"),
+        ("CORPUS=/nowhere", "corpus /nowhere"),
+        ("VOCABULARY=/nowhere.model", "/nowhere.model"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_one_line(binding, message):
+  configure([RUN], ["RUN_DIR=x", binding])
+  with pytest.raises(UserError, match=message) as error:
+    configuration.train_from_gin()
+  assert "\n" not in str(error.value)
+  assert not pathlib.Path("x").exists()
+
+
+def test_missing_files_and_names(tmp_path, capfd):
+  with pytest.raises(UserError, match="gin file 'gin/runs/nothing.gin' not found"):
+    configure(["gin/runs/nothing.gin"], [])
+  path = tmp_path / "a.gin"
+  path.write_text('include "gin/nothing.gin"\n')
+  with pytest.raises(UserError, match="gin/nothing.gin"):
+    configure([str(path)], [])
+  path.write_text("NOTHING_USES_IT = 1\n")
+  with pytest.raises(UserError, match="NOTHING_USES_IT is set .* nothing in this run uses it"):
+    configure([RUN, str(path)], ["RUN_DIR=x"])
+  path.write_text("TrainConfig.seed = (1,\n")
+  with pytest.raises(UserError, match="gin: "):
+    configure([str(path)], [])
+  path.write_text("train.config = @TrainConfig()\n")
+  configure([str(path)], [])
+  with pytest.raises(UserError, match="run_dir"):
+    configuration.train_from_gin()
+  assert not capfd.readouterr().err
+
+
+def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  configure([RUN], ["RUN_DIR=x"])
+  (tmp_path / "gin/runs").mkdir(parents=True)
+  (tmp_path / RUN).write_text("TrainConfig.seed = 5\n")  # the working directory comes first
+  configure([RUN], [])
+  assert gin.query_parameter("TrainConfig.seed") == 5
+
+
+def test_the_names_are_those_that_the_documents_use():
+  assert {"train", "ModelConfig", "MemoryConfig", "OptimizerConfig", "TrainConfig"} <= set(CONFIGURABLE)
