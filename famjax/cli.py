@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-  for add in (_add_train,):
+  for add in (_add_train, _add_eval, _add_study):
     add(commands)
   return parser
 
@@ -83,6 +83,49 @@ def _train(arguments: argparse.Namespace) -> int:
   configuration.configure(arguments.gin_file, arguments.gin)
   result = configuration.train_from_gin()
   return 143 if result.terminated else 0
+
+
+def _add_eval(commands) -> None:
+  parser = commands.add_parser(
+      "eval", help="ask a trained model for pass keys",
+      description="Asks the newest checkpoint of a run for pass keys hidden in documents of growing"
+      " length, in constant memory. Takes the arguments that trained the run.",
+  )  # fmt: skip
+  _add_gin_options(parser)
+  parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+  if not arguments.gin_file:
+    raise UserError("eval needs the files that trained the run: add --gin_file=...")
+  from famjax import configuration  # pylint: disable=import-outside-toplevel
+
+  configuration.configure(arguments.gin_file, arguments.gin)
+  result = configuration.evaluate_from_gin()
+  for blocks, accuracy in result["accuracy"].items():
+    print(f"{blocks:>6} blocks  {accuracy:.3f}")
+  return 0
+
+
+def _add_study(commands) -> None:
+  parser = commands.add_parser(
+      "study", help="train and compare several models on several seeds",
+      description="Trains every model and seed of a study, asks each for pass keys, and writes"
+      " report.json, a table and a plot. The same command goes on with a study that was stopped."
+      " Example: famjax study --gin_file=gin/runs/quickstart.gin",
+  )  # fmt: skip
+  _add_gin_options(parser)
+  parser.set_defaults(run=_study)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+  if not arguments.gin_file:
+    raise UserError("study needs a study: add --gin_file=gin/runs/quickstart.gin, or another")
+  from famjax import configuration  # pylint: disable=import-outside-toplevel
+
+  configuration.configure(arguments.gin_file, arguments.gin)
+  configuration.study_from_gin(arguments.gin_file, arguments.gin)
+  return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import gin
 import famjax
 from famjax import data
 from famjax.errors import UserError
+from famjax.evaluation import passkey, study
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, train
@@ -53,6 +54,7 @@ CONFIGURABLE = {
         data.load_vocabulary, vocabulary_size,
         data.PassKeyExamples, data.Lengths, data.LongText, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,
+        passkey.PassKeyEval, study.Study,
     )
 }  # fmt: skip
 
@@ -95,6 +97,28 @@ def train_from_gin() -> TrainResult:
   with _gin_errors(kinds=()):
     arguments = gin.get_configurable("train")()
   return train(**arguments, settings=operative_settings)
+
+
+def evaluate_from_gin() -> dict[str, Any]:
+  """Asks the model of `train.run_dir` for pass keys, as `PassKeyEval` says; leaves `passkey.json`.
+
+  Returns:
+    What is in the file: see `passkey.evaluate`, with `parameters`, `steps` and how long the documents
+    were that the run trained on.
+  """
+  with _gin_errors(kinds=()):
+    arguments = gin.get_configurable("train")()
+    config = gin.get_configurable("PassKeyEval")()
+  return passkey.evaluate_run(
+      arguments["run_dir"], config, arguments["train_reader"], arguments["config"].train_steps
+  )
+
+
+def study_from_gin(gin_files: list[str], bindings: list[str]) -> None:
+  """Runs the `Study` that the files describe; its runs are given the same files and bindings."""
+  with _gin_errors(kinds=()):
+    what = gin.get_configurable("Study")()
+  study.run(what, gin_files, bindings)
 
 
 def operative_settings() -> dict[str, str]:

@@ -12,5 +12,5 @@ source launch/environment.sh
 famjax_environment base
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 say "training FAM and BSWA on PassKey"
-famjax quickstart --gin_file=gin/runs/quickstart.gin "$@"
+famjax study --gin_file=gin/runs/quickstart.gin "$@"
 say "quickstart done in $SECONDS seconds, installation included"

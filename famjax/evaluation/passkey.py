@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
 import time
 
 from flax import nnx
@@ -11,8 +13,10 @@ import numpy as np
 
 from famjax.data.examples import generator
 from famjax.data.passkey import PassKeyFormat
+from famjax.data.readers import Reader
 from famjax.errors import UserError
-from famjax.inference.model import Model
+from famjax.evaluation import report
+from famjax.inference.model import Model, load
 from famjax.model.state import empty_state
 
 _SEED = 1 << 40  # far from the seeds of training data, so that no evaluation key was trained on
@@ -107,5 +111,34 @@ def evaluate(model: Model, config: PassKeyEval) -> dict:
       "examples": config.examples,
       "key_digits": config.key_digits,
       "block_size": model.config.memory.block_size,
-      "seconds": round(time.time() - started, 2),
+      "eval_seconds": round(time.time() - started, 2),
   }
+
+
+def evaluate_run(
+    run_dir: str | os.PathLike[str], config: PassKeyEval, reader: Reader, train_steps: int
+) -> dict:
+  """Evaluates a run's newest checkpoint and leaves `passkey.json` in its directory.
+
+  Args:
+    run_dir: of the run.
+    config: what to ask.
+    reader: of the run's training data, for the lengths that the model has seen.
+    train_steps: of the whole run.
+
+  Returns:
+    What is in the file: that of `evaluate`, `parameters`, `steps`, and in blocks the longest document
+    trained on and what back-propagation went through.
+  """
+  model = load(os.fspath(run_dir))
+  N = model.config.memory.block_size
+  longest = getattr(reader.source, "longest", 0) or reader.length
+  result = {
+      "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
+      "steps": train_steps,
+      "longest_trained_blocks": -(-longest // N),
+      "backpropagated_blocks": reader.length // N,
+      **evaluate(model, config),
+  }
+  report.write_json(pathlib.Path(run_dir) / report.PASSKEY, result)
+  return result

@@ -9,6 +9,8 @@ import statistics
 
 import numpy as np
 
+PASSKEY = "passkey.json"  # what an evaluation leaves in a run's directory
+
 # One model of one seed: "name", "seed", "parameters", "longest_trained_blocks",
 # "backpropagated_blocks", "train_seconds", "accuracy" {blocks: share}, and so on.
 Result = dict

@@ -19,9 +19,6 @@ import time
 from famjax.errors import UserError
 from famjax.evaluation import report
 
-RESULT = "passkey.json"  # what `famjax eval` leaves in a run's directory
-
-
 @dataclasses.dataclass(frozen=True)
 class Study:
   """What to compare.
@@ -105,15 +102,24 @@ def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list
   with concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
     failures = [f for f in pool.map(work, jobs) if f]
   results = [
-      {"name": job.name, "seed": job.seed, **json.loads((job.directory / RESULT).read_text())}
+      _result(job)
       for job in jobs
-      if (job.directory / RESULT).exists()
+      if (job.directory / report.PASSKEY).exists()
   ]
   if results:
     _write(study, root, results, [*gin_files, *bindings], time.time() - started)
   if failures:
     raise UserError("; ".join(failures))
   return results
+
+
+def _result(job: "_Job") -> report.Result:
+  return {
+      "name": job.name,
+      "seed": job.seed,
+      "train_seconds": float(job.directory.with_suffix(".seconds").read_text()),
+      **json.loads((job.directory / report.PASSKEY).read_text()),
+  }
 
 
 def _job(study, name, seed, gin_files, bindings, root) -> _Job:
@@ -129,10 +135,12 @@ def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
   """Trains and evaluates; returns what went wrong, if anything did."""
   label = f"{job.name}, seed {job.seed}"
   say = lambda text: print(f"[{time.time() - started:5.0f} s] {label}: {text}", flush=True)
-  if (job.directory / RESULT).exists():
+  if (job.directory / report.PASSKEY).exists():
     say("done before")
     return None
+  seconds = job.directory.with_suffix(".seconds")  # of training, over all of its sittings
   for command in ("train", "eval"):
+    began = time.time()
     arguments = [sys.executable, "-m", "famjax.cli", command, *job.arguments]
     say({"train": "training", "eval": "evaluating"}[command])
     with job.log.open("a") as log:
@@ -147,10 +155,14 @@ def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
         last = line.strip() or last
         if line.startswith("step "):
           say(line.strip())
-    if process.wait():
+    status = process.wait()
+    if command == "train":
+      before = float(seconds.read_text()) if seconds.exists() else 0.0
+      seconds.write_text(f"{before + time.time() - began:.1f}\n")
+    if status:
       say(f"failed: {last}")
       return f"{label} failed ({last}); its log is {job.log}"
-  accuracy = json.loads((job.directory / RESULT).read_text())["accuracy"]
+  accuracy = json.loads((job.directory / report.PASSKEY).read_text())["accuracy"]
   say("  ".join(f"{n} blocks {a:.2f}" for n, a in accuracy.items()))
   return None
 
@@ -197,10 +209,10 @@ def _sample(study: Study, root: pathlib.Path) -> dict[str, str] | None:
 
   name, seed = next(iter(study.models)), study.seeds[0]
   model = load(str(root / f"{name.lower().replace(' ', '-')}-{seed}"))
-  print(f"\n{name} goes on:\n{study.prompt} \033[1m", end="", flush=True)
+  print(f"\n{name} goes on after the bar:\n{study.prompt} |", end="", flush=True)
   pieces = []
   for piece in model.generate(study.prompt, max_new_tokens=study.sample_tokens):
     print(piece, end="", flush=True)
     pieces.append(piece)
-  print("\033[0m", flush=True)
+  print(flush=True)
   return {"prompt": study.prompt, "continuation": "".join(pieces)}
