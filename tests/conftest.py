@@ -14,3 +14,8 @@ import hypothesis  # pylint: disable=wrong-import-position
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items):
+  """Fast tests first; those marked `slow` after them, in their own order."""
+  items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -16,6 +16,9 @@ class TrainConfig:
     follow_rows: each row of the batch goes on, from step to step, in the document that its reader
       follows: FAM and memory segments are carried, without gradient. Otherwise every row starts
       anew in every step.
+    fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share of
+      the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop to
+      pull a disturbed memory back, and so to hold it for longer than it was trained. Not in the paper.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
     random_offset: starting rows draw a random position offset (B.2.2).
@@ -34,6 +37,7 @@ class TrainConfig:
   seed: int = 0
   accumulate: int = 1
   follow_rows: bool = False
+  fam_noise: float = 0.0
   rsp_probability: float = 0.0
   random_offset: bool = False
   offset_cap: int = 65536
@@ -57,6 +61,8 @@ class TrainConfig:
     for name in ("seed", "eval_every", "checkpoint_every"):
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+    if self.fam_noise < 0:
+      raise UserError(f"fam_noise is {self.fam_noise}; it must not be negative")
     if not 0 <= self.rsp_probability <= 1:
       raise UserError(f"rsp_probability is {self.rsp_probability}; it must be in [0, 1]")
 

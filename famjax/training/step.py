@@ -123,8 +123,10 @@ def starting_memory(
   """
   B = start.shape[0]
   key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-  offset_key, coin_key, passing_key = jax.random.split(key, 3)
+  offset_key, coin_key, passing_key, noise_key = jax.random.split(key, 4)
   memory = state.carry
+  if memory is not None and config.fam_noise:
+    memory = memory.replace(fam=disturbed(memory.fam, noise_key, config.fam_noise))
   if memory is None:
     memory, start = empty_state(model_config, B, past=False), jnp.ones(B, bool)
   offset = jnp.zeros(B, jnp.int32)
@@ -139,6 +141,14 @@ def starting_memory(
     memory = restart(memory, passed, fam=state.kept_fam, fam_updates=state.kept_updates)
     start = start & ~passed
   return memory, start
+
+
+def disturbed(fam: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+  """A FAM `[L, B, F, D]` with normal noise: `noise` of its root mean square times a row's factor."""
+  normal_key, factor_key = jax.random.split(key)
+  size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True)) * noise
+  factor = jax.random.uniform(factor_key, (1, fam.shape[1], 1, 1), fam.dtype)
+  return fam + size * factor * jax.random.normal(normal_key, fam.shape, fam.dtype)
 
 
 def make_eval_step(

@@ -10,7 +10,8 @@ import pytest
 
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
-from famjax.training.step import join_rows, make_eval_step, split_rows, starting_memory
+from famjax.training.step import disturbed, join_rows, make_eval_step, split_rows
+from famjax.training.step import starting_memory
 from famjax.training.train_state import split
 from tests.training import toy
 
@@ -142,3 +143,12 @@ def test_evaluation_follows_rows():
   assert carry.position.max() == 24 and again.loss != sums.loss
   alone, nothing = make_eval_step(graphdef, toy.MODEL, toy.TRAIN)(params, None, batch)
   assert nothing is None and alone.loss == pytest.approx(float(sums.loss), rel=1e-5)
+
+
+def test_noise_is_a_share_of_each_vectors_size_and_differs_by_row():
+  fam = jnp.full((2, 64, 3, 256), 2.0)
+  moved = disturbed(fam, jax.random.key(0), 0.5) - fam
+  size = np.asarray(jnp.sqrt(jnp.square(moved).mean((0, 2, 3))))  # [B]
+  # A row's factor is uniform in [0, 1): at most 0.5 * 2.0, with 5 % for 1,536 draws.
+  assert 0.5 < size.max() < 1.05 and size.min() < 0.2
+  np.testing.assert_array_equal(disturbed(fam, jax.random.key(0), 0.0), fam)
