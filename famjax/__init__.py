@@ -12,7 +12,9 @@ _PUBLIC = {
     "MemoryConfig": "famjax.model.config",
     "ModelConfig": "famjax.model.config",
     "State": "famjax.model.state",
+    "Model": "famjax.inference.model",
     "UserError": "famjax.errors",
+    "load": "famjax.inference.model",
 }
 __all__ = ["__version__", *_PUBLIC]
 

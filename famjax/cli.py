@@ -69,7 +69,7 @@ def _add_train(commands) -> None:
   parser = commands.add_parser(
       "train", help="train a model, or go on with a run",
       description="Trains what gin files describe. The same command goes on with a run that was"
-      " stopped. Example: famjax train --gin_file=gin/runs/train.gin --gin.RUN_DIR=runs/first",
+      " stopped. Example: famjax train --gin_file=gin/runs/long_text.gin --gin.RUN_DIR=runs/first",
   )  # fmt: skip
   _add_gin_options(parser)
   parser.set_defaults(run=_train)
@@ -77,7 +77,7 @@ def _add_train(commands) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
   if not arguments.gin_file:
-    raise UserError("train needs a run: add --gin_file=gin/runs/train.gin, or another run file")
+    raise UserError("train needs a run: add --gin_file=gin/runs/long_text.gin, or another run file")
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   configuration.configure(arguments.gin_file, arguments.gin)
@@ -123,7 +123,8 @@ def _study(arguments: argparse.Namespace) -> int:
     raise UserError("study needs a study: add --gin_file=gin/runs/quickstart.gin, or another")
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
-  configuration.configure(arguments.gin_file, arguments.gin)
+  # Each run of a study gets a directory of its own; this process trains nothing.
+  configuration.configure(arguments.gin_file, ["RUN_DIR=none", *arguments.gin])
   configuration.study_from_gin(arguments.gin_file, arguments.gin)
   return 0
 

@@ -9,7 +9,7 @@ import ast
 import contextlib
 import difflib
 import functools
-import importlib.util  # gin 0.5 uses importlib.util without importing it  # noqa: F401
+import importlib.util  # noqa: F401  # gin 0.5 uses it without importing it
 import inspect
 import logging
 import os

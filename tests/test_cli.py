@@ -2,10 +2,10 @@
 
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
@@ -42,13 +42,14 @@ def start(*arguments):
 
 
 def test_help_is_quick_and_imports_no_jax():
-  before = time.perf_counter()
+  seconds = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # of processor time
+  before = seconds()
   process = start("--help")
   out, err = process.communicate()
-  assert time.perf_counter() - before < 2
+  assert seconds() - before < 2
   assert process.returncode == 0 and "train" in out and not err
-  code = "import sys, famjax.cli; print([m for m in ('jax', 'tensorflow', 'gin') if m in sys.modules])"
-  assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+  code = "import sys, famjax.cli; print({'jax', 'tensorflow', 'gin'} & set(sys.modules))"
+  assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_a_run_from_the_command_line(tmp_path, corpus, capsys):
@@ -77,15 +78,16 @@ def test_sigterm_ends_with_a_line_and_status_143_and_the_restart_is_bitwise(tmp_
     if line.startswith("step "):
       break
   process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=600)
   assert process.returncode == 143, err
   (stopped,) = list_steps(run_dir / "checkpoints")
   assert out.splitlines()[-1] == (
       f"famjax: SIGTERM: saved {run_dir} after step {stopped} of 1000000; the same command goes on"
       " from there"
   )
+  options.append(f"--gin.TRAIN_STEPS={stopped + 3}")
   for directory in (run_dir, whole):
-    assert cli.main([*options, f"--gin.RUN_DIR={directory}", f"--gin.TRAIN_STEPS={stopped + 3}"]) == 0
+    assert cli.main([*options, f"--gin.RUN_DIR={directory}"]) == 0
   equal = jax.tree.map(lambda a, b: (a == b).all(), load_params(run_dir)[0], load_params(whole)[0])
   assert all(jax.tree.leaves(equal))
 
@@ -143,7 +145,10 @@ def test_a_vocabulary_that_does_not_match_a_checkpoint(tmp_path, corpus, capsys)
 
 @pytest.mark.parametrize(
     "error, status, line",
-    [(DivergedError("loss is nan at step 7"), 1, "step 7"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (DivergedError("loss is nan at step 7"), 1, "step 7"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
 def test_a_run_that_diverges_or_is_interrupted(monkeypatch, capsys, error, status, line):
   def fail():

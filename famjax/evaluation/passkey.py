@@ -42,8 +42,10 @@ class PassKeyEval:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    if not self.blocks or min(self.blocks) < 1:
-      raise UserError(f"PassKeyEval.blocks is {self.blocks}: give lengths of at least one block")
+    if not isinstance(self.blocks, (tuple, list)) or not self.blocks or min(self.blocks) < 1:
+      raise UserError(
+          f"PassKeyEval.blocks is {self.blocks}: give lengths of at least one block, as (8, 16)"
+      )
     if min(self.examples, self.chunk_blocks) < 1:
       raise UserError("PassKeyEval.examples and chunk_blocks must be at least 1")
 

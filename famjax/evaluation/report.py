@@ -74,13 +74,15 @@ def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
   for i, name in enumerate(names):
     mine = [r for r in results if r["name"] == name]
     lengths = _lengths(mine)
-    values = np.array([[r["accuracy"][str(n)] for n in lengths] for r in mine])  # [seeds, lengths]
+    marks = [[r["accuracy"].get(str(n), np.nan) for n in lengths] for r in mine]
+    values = np.array(marks)  # [seeds, lengths]; a seed may have been asked at fewer lengths
     color = f"C{i}"
     style = dict(marker="o", markersize=4, linewidth=2 if name.startswith("FAM") else 1.4)
+    band = dict(color=color, alpha=0.15)
     label = name if len(mine) == 1 else f"{name} (median of {len(mine)} seeds)"
-    axes.plot(lengths, np.median(values, axis=0), color=color, label=label, **style)
+    axes.plot(lengths, np.nanmedian(values, axis=0), color=color, label=label, **style)
     if len(mine) > 1:
-      axes.fill_between(lengths, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15)
+      axes.fill_between(lengths, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
     trained = statistics.median(r["longest_trained_blocks"] for r in mine)
     axes.axvline(trained, color=color, linestyle=":", linewidth=1)
   axes.set_xscale("log", base=2)

@@ -19,6 +19,7 @@ import time
 from famjax.errors import UserError
 from famjax.evaluation import report
 
+
 @dataclasses.dataclass(frozen=True)
 class Study:
   """What to compare.
@@ -46,6 +47,11 @@ class Study:
     """Raises UserError for a value that makes no sense."""
     if not self.models or not self.seeds:
       raise UserError("Study.models and Study.seeds must name at least one model and one seed")
+    if not isinstance(self.seeds, (tuple, list)):
+      raise UserError(f"Study.seeds is {self.seeds!r}: give seeds, as (0,) or (0, 1, 2)")
+    places = [_directory_name(name, 0) for name in self.models]
+    if shared := next((name for name, p in zip(self.models, places) if places.count(p) > 1), None):
+      raise UserError(f"Study.models: {shared!r} has the directory of another model; rename it")
     if self.parallel < 1:
       raise UserError(f"Study.parallel is {self.parallel}; it must be at least 1")
 
@@ -59,7 +65,16 @@ class _Job:
 
   @property
   def log(self) -> pathlib.Path:
-    return self.directory.with_suffix(".log")
+    return self.directory.with_name(self.directory.name + ".log")
+
+  @property
+  def seconds(self) -> pathlib.Path:
+    """Holds the time of training, over all of its sittings."""
+    return self.directory.with_name(self.directory.name + ".seconds")
+
+  @property
+  def finished(self) -> bool:
+    return (self.directory / report.PASSKEY).exists() and self.seconds.exists()
 
 
 def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list[report.Result]:
@@ -101,11 +116,7 @@ def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list
 
   with concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
     failures = [f for f in pool.map(work, jobs) if f]
-  results = [
-      _result(job)
-      for job in jobs
-      if (job.directory / report.PASSKEY).exists()
-  ]
+  results = [_result(job) for job in jobs if job.finished]
   if results:
     _write(study, root, results, [*gin_files, *bindings], time.time() - started)
   if failures:
@@ -117,13 +128,13 @@ def _result(job: "_Job") -> report.Result:
   return {
       "name": job.name,
       "seed": job.seed,
-      "train_seconds": float(job.directory.with_suffix(".seconds").read_text()),
+      "train_seconds": float(job.seconds.read_text()),
       **json.loads((job.directory / report.PASSKEY).read_text()),
   }
 
 
 def _job(study, name, seed, gin_files, bindings, root) -> _Job:
-  directory = root / f"{name.lower().replace(' ', '-')}-{seed}"
+  directory = root / _directory_name(name, seed)
   own = [a for a in study.models[name] if a.endswith(".gin")]
   own_bindings = [a for a in study.models[name] if not a.endswith(".gin")]
   files = [f"--gin_file={f}" for f in (*gin_files, *own)]
@@ -131,14 +142,17 @@ def _job(study, name, seed, gin_files, bindings, root) -> _Job:
   return _Job(name, seed, directory, (*files, *(f"--gin.{v}" for v in values)))
 
 
+def _directory_name(name: str, seed: int) -> str:
+  return f"{name.lower().replace(' ', '-')}-{seed}"
+
+
 def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
   """Trains and evaluates; returns what went wrong, if anything did."""
   label = f"{job.name}, seed {job.seed}"
   say = lambda text: print(f"[{time.time() - started:5.0f} s] {label}: {text}", flush=True)
-  if (job.directory / report.PASSKEY).exists():
+  if job.finished:
     say("done before")
     return None
-  seconds = job.directory.with_suffix(".seconds")  # of training, over all of its sittings
   for command in ("train", "eval"):
     began = time.time()
     arguments = [sys.executable, "-m", "famjax.cli", command, *job.arguments]
@@ -157,8 +171,8 @@ def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
           say(line.strip())
     status = process.wait()
     if command == "train":
-      before = float(seconds.read_text()) if seconds.exists() else 0.0
-      seconds.write_text(f"{before + time.time() - began:.1f}\n")
+      before = float(job.seconds.read_text()) if job.seconds.exists() else 0.0
+      job.seconds.write_text(f"{before + time.time() - began:.1f}\n")
     if status:
       say(f"failed: {last}")
       return f"{label} failed ({last}); its log is {job.log}"
@@ -208,7 +222,10 @@ def _sample(study: Study, root: pathlib.Path) -> dict[str, str] | None:
   from famjax.inference.model import load  # pylint: disable=g-import-not-at-top
 
   name, seed = next(iter(study.models)), study.seeds[0]
-  model = load(str(root / f"{name.lower().replace(' ', '-')}-{seed}"))
+  directory = root / _directory_name(name, seed)
+  if not (directory / report.PASSKEY).exists():  # its run failed
+    return None
+  model = load(str(directory))
   print(f"\n{name} goes on after the bar:\n{study.prompt} |", end="", flush=True)
   pieces = []
   for piece in model.generate(study.prompt, max_new_tokens=study.sample_tokens):

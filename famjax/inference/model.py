@@ -56,13 +56,13 @@ class Model:
   def __call__(self, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
     """Reads `tokens` int32 `[B, S]`, S of any length, after what `state` remembers.
 
-    Compiled once for each S, and whether all rows stand at a block boundary.
+    Compiled once for each S, and for S > 1 whether all rows stand at a block boundary.
 
     Returns:
       float32 logits `[B, S, V]` and the state after the tokens.
 
     Raises:
-      UserError: a token outside the vocabulary, or a state of another batch.
+      UserError: a token that is no integer or outside the vocabulary, or a state of another batch.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[0] != state.position.shape[0]:
@@ -70,12 +70,15 @@ class Model:
           f"tokens have shape {tokens.shape} and the state {state.position.shape[0]} rows: give"
           " int tokens [B, S] with as many rows as the state has"
       )
+    if not np.issubdtype(tokens.dtype, np.integer):
+      raise UserError(f"tokens are {tokens.dtype}: give integers, as the vocabulary encodes them")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise UserError(
           f"token {int(tokens.min() if tokens.min() < 0 else tokens.max())} is outside the"
           f" vocabulary of {self.config.vocab_size}"
       )
-    aligned = not np.any(np.asarray(state.position) % self.config.memory.block_size)
+    at_boundary = not np.any(np.asarray(state.position) % self.config.memory.block_size)
+    aligned = at_boundary and tokens.shape[1] > 1  # a single token is decoded wherever it stands
     return self._read(self._params, jnp.asarray(tokens, jnp.int32), state, aligned)
 
   def read(self, text: str, state: State | None = None) -> tuple[jax.Array, State]:
@@ -134,7 +137,8 @@ class Model:
       ids.append(token)
       text = self.vocabulary.decode(ids)
       if not text.endswith("\ufffd"):  # else the token ends in the middle of a character
-        yield text[len(written) :]
+        if text != written:  # else the token has no text: padding
+          yield text[len(written) :]
         written = text
       if i + 1 < max_new_tokens:
         logits, state = self(np.full((1, 1), token), state)
@@ -172,7 +176,7 @@ def load(
     path: the directory of a run, of its checkpoints or of one of them.
     memory: another memory than it was trained with; no weight but the FAM's own depends on it.
     fam_prompt: `[F, D]`, a FAM prompt to start from. Where a FAM is asked for that the checkpoint
-      does not hold, and none is given, its prompt is drawn from the embedding.
+      does not hold, and none is given, it is drawn from the embedding.
 
   Raises:
     UserError: no checkpoint there, or a prompt of another shape.
@@ -188,9 +192,9 @@ def load(
   values = {k: params.get(k, v) for k, v in own.items()}
   if fam_prompt is not None:
     values["fam_prompt"] = jnp.asarray(fam_prompt)
-  elif "fam_prompt" in own and "fam_prompt" not in params:
-    values["fam_prompt"] = _drawn_prompt(params["embedder"]["embedding"], config.memory.length)
   for name in ("fam_prompt", "fam_prefix"):
+    if name in own and name not in params and not (name == "fam_prompt" and fam_prompt is not None):
+      values[name] = _drawn(params["embedder"]["embedding"], own[name].shape[:-1])
     if name in values and (name not in own or values[name].shape != own[name].shape):
       expected = own[name].shape if name in own else "no such weight"
       raise UserError(f"{name} has shape {values[name].shape}; this memory takes {expected}")
@@ -200,6 +204,6 @@ def load(
   return Model(decoder, load_vocabulary(vocabulary))
 
 
-def _drawn_prompt(embedding: jax.Array, length: int) -> jax.Array:
-  """`[F, D]`: embeddings of tokens drawn at random (SPEC B.1)."""
-  return embedding[jax.random.randint(jax.random.key(0), (length,), 0, embedding.shape[0])]
+def _drawn(embedding: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """`[*shape, D]`: embeddings of tokens drawn at random (SPEC B.1)."""
+  return embedding[jax.random.randint(jax.random.key(0), shape, 0, embedding.shape[0])]

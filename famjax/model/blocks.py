@@ -155,6 +155,8 @@ def own_block(
   def fill(old, new):
     missing = segments + 1 - old.shape[1]  # of a ring, M + 1 blocks, that has no past
     old = jnp.pad(old, [(0, 0), (missing, 0)] + [(0, 0)] * 3)
+    begun = jnp.where(layout.valid[:, :1, :, None, None], new[:, :1], old[:, :1])
+    new = jnp.concatenate([begun, new[:, 1:]], axis=1)
     before = jnp.concatenate([old, new], axis=1)[:, : layout.num_blocks]
     return jnp.where(layout.valid[..., None, None], new, before)
 

@@ -29,7 +29,8 @@ def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array,
   """
   frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
   coarse_turn = np.remainder(_STRIDE * frequency, 2 * np.pi).astype(np.float32)
-  coarse = jnp.floor_divide(positions, _STRIDE)
+  # Towards 0, so that the positions just before 0, the initial FAM's, are exact as well.
+  coarse = jnp.sign(positions) * jnp.floor_divide(jnp.abs(positions), _STRIDE)
   fine = positions - coarse * _STRIDE
   angle = (
       coarse.astype(jnp.float32)[..., None] * coarse_turn

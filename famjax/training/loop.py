@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -28,6 +29,10 @@ from famjax.training.metrics import Clock, MetricsWriter, Progress, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
 from famjax.training.train_state import TrainState, init_train_state, split
+
+
+# What a checkpoint's model may have otherwise when its parameters start another run.
+_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype")
 
 
 class TrainResult(NamedTuple):
@@ -200,20 +205,16 @@ def train(
   return TrainResult(state, last, terminated)
 
 
-# What a checkpoint's model may have otherwise when its parameters start another run.
-_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype")
-
-
 def run_evaluation(
     eval_step, params, reader: Reader, model: ModelConfig, config: TrainConfig
 ) -> dict[str, float]:
   """Loss, accuracy and perplexity over the first `eval_batches` batches of a reader."""
   carry = empty_state(model, reader.batch_size) if config.follow_rows else None
-  position, total = reader.start(), None
-  for step in range(config.eval_batches):
-    batch, position = reader.read(position, step)
-    sums, carry = eval_step(params, carry, batch)
-    total = sums if total is None else jax.tree.map(operator.add, total, sums)
+  total = None
+  with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
+    for _, batch, _ in itertools.islice(batches, config.eval_batches):
+      sums, carry = eval_step(params, carry, batch)
+      total = sums if total is None else jax.tree.map(operator.add, total, sums)
   loss, weight, correct = map(float, jax.device_get(total))
   weight = weight or 1.0
   mean = loss / weight

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from famjax.model.config import ModelConfig
+from famjax.model.rope import wavelength
 from famjax.model.state import State, empty_state, restart
 from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, next_token_loss
@@ -131,7 +132,7 @@ def starting_memory(
     memory, start = empty_state(model_config, B, past=False), jnp.ones(B, bool)
   offset = jnp.zeros(B, jnp.int32)
   if config.random_offset:
-    limit = min(math.ceil(2 * math.pi * model_config.rope_theta), config.offset_cap)
+    limit = min(math.ceil(wavelength(model_config.rope_theta)), config.offset_cap)
     coin = jax.random.bernoulli(coin_key, 0.5, (B,))
     offset = jax.random.randint(offset_key, (B,), 0, limit) * coin
   memory = memory.replace(offset=jnp.where(start, offset, memory.offset))

@@ -1,0 +1,190 @@
+"""A study: runs side by side, what is finished stays, and one that fails spoils no other.
+
+Most tests put a script in the place of Python that trains nothing, and leaves or fails what a run
+would; one test, marked slow, trains.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from famjax import cli
+from famjax.errors import UserError
+from famjax.evaluation import study
+from famjax.evaluation.study import Study
+
+# Stands for `python -m famjax.cli COMMAND ...`: notes that it was called, and obeys FAIL=COMMAND.
+FAKE = """#!{python} -SE
+import json, pathlib, sys
+command, values = sys.argv[3], {{}}
+for argument in sys.argv[4:]:
+  if argument.startswith("--gin."):
+    name, _, value = argument[6:].partition("=")
+    values[name] = value
+run = pathlib.Path(values["RUN_DIR"])
+run.mkdir(parents=True, exist_ok=True)
+with open(run / "calls", "a") as calls:
+  print(command, *sys.argv[4:], file=calls)
+print("step 1  of " + command)
+if values.get("FAIL") == command:
+  sys.exit("famjax: error: it was told to fail")
+if command == "eval":
+  result = dict(parameters=10, longest_trained_blocks=8, accuracy={{"8": float(values["SCORE"])}})
+  (run / "passkey.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture(name="fake", autouse=True)
+def _fake(request, tmp_path, monkeypatch):
+  if not request.node.get_closest_marker("slow"):
+    script = tmp_path / "python"
+    script.write_text(FAKE.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(study.sys, "executable", str(script))
+
+
+def run(root, models, bindings=(), **options):
+  return study.run(Study(str(root), models, **options), ["base.gin"], bindings)
+
+
+def calls(root, name):
+  return (root / name / "calls").read_text().splitlines()
+
+
+def test_every_model_and_seed_is_trained_and_asked_and_reported(tmp_path, capfd):
+  root = tmp_path / "study"
+  models = {"FAM": ["SCORE=1"], "BSWA M1": ["one.gin", "SCORE=0", "TWO=2"]}
+  results = run(root, models, ["TWO=3"], seeds=(0, 4), parallel=3, title="What it is")
+  assert [(r["name"], r["seed"], r["accuracy"]["8"]) for r in results] == [
+      ("FAM", 0, 1.0), ("BSWA M1", 0, 0.0), ("FAM", 4, 1.0), ("BSWA M1", 4, 0.0)
+  ]  # fmt: skip
+  common = "--gin_file=base.gin --gin_file=one.gin --gin.SCORE=0 --gin.TWO=2 --gin.TWO=3"
+  arguments = f"{common} --gin.RUN_DIR={root / 'bswa-m1-4'} --gin.SEED=4"
+  assert calls(root, "bswa-m1-4") == [f"train {arguments}", f"eval {arguments}"]
+  written = json.loads((root / "report.json").read_text())
+  assert written["results"] == results and written["title"] == "What it is"
+  assert written["command"] == ["famjax", "study", "base.gin", "TWO=3"]
+  assert written["seconds"] > 0 and written["machine"]["cpu_cores"] and written["sample"] is None
+  assert all(r["train_seconds"] >= 0 for r in results)
+  table = (root / "passkey.md").read_text()
+  assert table.count("\n") == 6 and table in capfd.readouterr().out
+  assert (root / "passkey.png").read_bytes().startswith(b"\x89PNG")
+  assert (root / "fam-0.log").read_text() == "step 1  of train\nstep 1  of eval\n"
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path, capfd):
+  root = tmp_path / "study"
+  first = run(root, {"FAM": ["SCORE=1"]})
+  assert run(root, {"FAM": ["SCORE=0"]}) == first
+  assert "FAM, seed 0: done before" in capfd.readouterr().out
+  again = run(root, {"FAM": ["SCORE=0"], "BSWA": ["SCORE=0.5"]})
+  assert [r["accuracy"]["8"] for r in again] == [1.0, 0.5] and again[0] == first[0]
+  assert len(calls(root, "fam-0")) == len(calls(root, "bswa-0")) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_run_that_fails_is_named_and_the_others_are_reported(tmp_path, command, parallel):
+  """The first one fails, which would have gone on from the prompt."""
+  root = tmp_path / "study"
+  models = {"FAM": ["SCORE=1", f"FAIL={command}"], "BSWA": ["SCORE=0.5"]}
+  with pytest.raises(UserError) as error:
+    run(root, models, parallel=parallel, prompt="The pass key is")
+  log = root / "fam-0.log"
+  assert str(error.value) == (
+      f"FAM, seed 0 failed (famjax: error: it was told to fail); its log is {log}"
+  )
+  assert log.read_text().splitlines()[-1] == "famjax: error: it was told to fail"
+  written = json.loads((root / "report.json").read_text())
+  assert [r["name"] for r in written["results"]] == ["BSWA"] and written["sample"] is None
+  # Mended, it goes on; the time of all of its sittings counts.
+  (root / "fam-0.seconds").write_text("100.0\n")
+  fam, _ = run(root, {"FAM": ["SCORE=1"], "BSWA": ["SCORE=0"]}, parallel=parallel)
+  assert fam["train_seconds"] >= 100 and len(calls(root, "bswa-0")) == 2
+
+
+def test_when_every_run_fails_there_is_no_report(tmp_path):
+  with pytest.raises(UserError, match="A, seed 0 failed .*; B, seed 0 failed "):
+    run(tmp_path / "study", {"A": ["FAIL=train"], "B": ["FAIL=train"]})
+  assert not (tmp_path / "study" / "report.json").exists()
+
+
+def test_a_run_that_was_asked_by_hand_takes_part(tmp_path):
+  """`famjax eval` has left passkey.json, but the study has not timed the training."""
+  root = tmp_path / "study"
+  (root / "fam-0").mkdir(parents=True)
+  (root / "fam-0" / "passkey.json").write_text("{}")
+  (fam,) = run(root, {"FAM": ["SCORE=1"]})
+  assert fam["accuracy"] == {"8": 1.0} and len(calls(root, "fam-0")) == 2
+
+
+def test_a_point_in_a_name_keeps_the_files_of_its_seeds_apart(tmp_path):
+  root = tmp_path / "study"
+  run(root, {"FAM 0.5": ["SCORE=1"]}, seeds=(0, 1))
+  assert {p.name for p in root.glob("*.log")} == {"fam-0.5-0.log", "fam-0.5-1.log"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
+def test_runs_share_the_cores_of_the_process(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5, 8})
+  shares = study._core_shares  # pylint: disable=protected-access
+  assert shares(2) == [[0, 2], [3, 5]] and shares(5) == [[0], [2], [3], [5], [8]]
+  assert shares(1) == [[]] and shares(6) == [[]] * 6  # Then nobody is kept to a part.
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(models={}), "at least one model"),
+        (dict(seeds=()), "one seed"),
+        (dict(seeds=3), r"Study.seeds is 3: give seeds, as \(0,\)"),
+        (dict(parallel=0), "Study.parallel is 0"),
+        (dict(models={"BSWA M1": [], "FAM": [], "bswa-m1": []}), "'BSWA M1' has the directory of"),
+    ],
+)
+def test_studies_that_make_no_sense(tmp_path, change, message):
+  what = Study(**{"run_dir": str(tmp_path / "study"), "models": {"FAM": []}} | change)
+  with pytest.raises(UserError, match=message):
+    study.run(what, [], [])
+  assert not (tmp_path / "study").exists()
+
+
+def test_study_needs_a_file_that_describes_one(capsys):
+  assert cli.main(["study"]) == 2 and "quickstart.gin" in capsys.readouterr().err
+  assert cli.main(["study", "--gin_file=gin/runs/passkey_base.gin"]) == 2
+  assert capsys.readouterr().err.startswith("famjax: error: ")
+
+
+@pytest.mark.slow
+def test_the_quickstart_in_two_steps(tmp_path, monkeypatch, capfd):
+  root = tmp_path / "study"
+  arguments = [
+      "study", "--gin_file=gin/runs/quickstart.gin", f"--gin.STUDY_DIR={root}",
+      "--gin.TRAIN_STEPS=2", "--gin.EVAL_BLOCKS=(6, 9)", "--gin.PassKeyEval.examples=3",
+      "--gin.ModelConfig.num_layers=1", "--gin.ModelConfig.model_dim=16", "--gin.BATCH_SIZE=2",
+      "--gin.ModelConfig.ff_dim=16",
+  ]  # fmt: skip
+  assert cli.main(arguments) == 0
+  shown = capfd.readouterr().out
+  written = json.loads((root / "report.json").read_text())
+  fam, bswa = written["results"]
+  assert (fam["name"], bswa["name"]) == ("FAM", "BSWA M1")
+  assert fam["parameters"] - bswa["parameters"] == 8 * 16  # The FAM's prompt.
+  for result in (fam, bswa):
+    assert set(result["accuracy"]) == {"6", "9"} and result["steps"] == 2
+    assert result["longest_trained_blocks"] == 8 and result["train_seconds"] > 0
+  assert written["sample"]["prompt"] + " |" + written["sample"]["continuation"] in shown
+  # Again: nothing is started, and the report stands.
+  with monkeypatch.context() as patch:
+    patch.setattr(subprocess, "Popen", None)
+    assert cli.main(arguments) == 0
+  assert capfd.readouterr().out.count("done before") == 2
+  # A binding that its run does not know: one line; the model that is finished stays in the report.
+  assert cli.main([*arguments, "--gin.Study.models={'FAM': [], 'BAD': ['NOSUCH=1']}"]) == 2
+  (line,) = capfd.readouterr().err.splitlines()
+  assert line.startswith("famjax: error: BAD, seed 0 failed (famjax: error: ")
+  assert "'NOSUCH'" in line and line.endswith(f"its log is {root / 'bad-0.log'}")
+  assert [r["name"] for r in json.loads((root / "report.json").read_text())["results"]] == ["FAM"]
