@@ -7,6 +7,7 @@ where it was; a run that is finished is not trained again.
 
 from collections.abc import Sequence
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -160,8 +161,9 @@ def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
     with job.log.open("a") as log:
       process = subprocess.Popen(
           arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-          env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_pin(cores),
+          env={**os.environ, "PYTHONUNBUFFERED": "1"},
       )  # fmt: skip
+      _pin(process.pid, cores)
       last = ""
       for line in process.stdout:
         log.write(line)
@@ -192,9 +194,14 @@ def _core_shares(parallel: int) -> list[list[int]]:
   return [cores[i * size : (i + 1) * size] for i in range(parallel)]
 
 
-def _pin(cores: Sequence[int]):
-  """Keeps a child on its cores: two programs of one thread are faster than two that share two."""
-  return (lambda: os.sched_setaffinity(0, cores)) if cores else None
+def _pin(pid: int, cores: Sequence[int]) -> None:
+  """Keeps a child on its cores: two programs of one thread are faster than two that share two.
+
+  From outside, before the child has started threads: code between fork and exec can deadlock.
+  """
+  if cores:
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+      os.sched_setaffinity(pid, cores)
 
 
 def _write(study: Study, root: pathlib.Path, results, command, seconds: float) -> None:
