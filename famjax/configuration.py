@@ -103,8 +103,7 @@ def evaluate_from_gin() -> dict[str, Any]:
   """Asks the model of `train.run_dir` for pass keys, as `PassKeyEval` says; leaves `passkey.json`.
 
   Returns:
-    What is in the file: see `passkey.evaluate`, with `parameters`, `steps` and how long the documents
-    were that the run trained on.
+    What is in the file: see `passkey.evaluate_run`.
   """
   with _gin_errors(kinds=()):
     arguments = gin.get_configurable("train")()

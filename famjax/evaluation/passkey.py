@@ -129,8 +129,8 @@ def evaluate_run(
     train_steps: of the whole run.
 
   Returns:
-    What is in the file: that of `evaluate`, `parameters`, `steps`, and in blocks the longest document
-    trained on and what back-propagation went through.
+    What is in the file: that of `evaluate`, `parameters`, `steps`, and in blocks the longest
+    document trained on and what back-propagation went through.
   """
   model = load(os.fspath(run_dir))
   N = model.config.memory.block_size

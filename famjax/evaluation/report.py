@@ -22,7 +22,7 @@ def machine() -> dict[str, object]:
 
   return {
       "processor": platform.processor() or platform.machine(),
-      "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+      "cpu_cores": os.cpu_count(),
       "devices": sorted({d.device_kind for d in jax.devices()}),
       "python": platform.python_version(),
       "jax": jax.__version__,

@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand on the blocks of their rows, and the ring that outlives the call.
+"""Where the tokens of a call stand on the blocks of their rows, and the ring that outlives it.
 
 Rows need not stand at the same place: row `b` has read `position[b]` tokens, so that its next one
 is slot `position % N` of block `position // N`. A call lays its tokens out on a grid of `T` blocks
@@ -180,7 +180,7 @@ def write_ring(past: Past, own: Past, layout: Layout, R: int) -> Past:
 
 
 def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) -> list[KeySet]:
-  """The token keys that a block's queries see: memory segments and their own block up to themselves.
+  """The token keys that a block's queries see: segments, and their own block up to themselves.
 
   Algorithm 1: `[K_{t-M..t-1}, K_t[0..i]]`. On a grid there is one set for each distance in blocks,
   a slice of the same keys, so that no key is copied for the M blocks that see it.

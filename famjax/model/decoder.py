@@ -1,7 +1,7 @@
 """The decoder: tokens of any length and a state in, logits and a state out.
 
-Layer by layer (SPEC section 4): the feedback loop is closed within a layer, and the initial FAM sees
-no token, so that a layer reads the whole call before the next one starts. Stacked layers run under
+Layer by layer (SPEC section 4): the feedback loop is closed within a layer, and the initial FAM
+sees no token, so that a layer reads the whole call before the next one starts. Stacked layers run under
 one `jax.lax.scan`; inside a layer, `memory.feedback` scans over blocks with the FAM as its carry.
 Training, prefill and decoding are this one definition, with other shapes.
 """

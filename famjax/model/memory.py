@@ -7,8 +7,8 @@
     af = attention(Qf, [Kf, Kx], [Vf, Vx]) @ Wo + Fp                      sees the whole block
     Fn = af + ff(norm(af))                                                the FAM after block t
 
-`update` is the lower half. The upper half is `decoder.apply_layer`. `Fn` needs no token's output, so
-`feedback` runs the lower half over all blocks of a call first, with the FAM alone as its carry; the
+`update` is the lower half. The upper half is `decoder.apply_layer`. `Fn` needs no token's output,
+so `feedback` runs the lower half over all blocks of a call first, with the FAM alone as its carry; the
 tokens of all blocks then go through attention and feed-forward at once (SPEC section 4).
 """
 
@@ -28,7 +28,7 @@ class Feedback(NamedTuple):
 
   Attributes:
     fam: `[B, F, D]`, the FAM after the last full block.
-    keys: `[B, T, F, K, d]`, of the FAM that each block sees: the one that the block before it wrote.
+    keys: `[B, T, F, K, d]`, of the FAM that each block sees: what the block before it wrote.
     values: `[B, T, F, K, d]`.
   """
 

@@ -45,7 +45,8 @@ def empty_state(config: ModelConfig, batch_size: int, *, past: bool = True) -> S
     batch_size: B.
     past: False leaves `keys` and `values` None.
   """
-  L, B, M, N = config.num_layers, batch_size, config.memory.memory_segments, config.memory.block_size
+  L, B, N = config.num_layers, batch_size, config.memory.block_size
+  M = config.memory.memory_segments
   F, K, d = config.memory.length, config.kv_heads, config.head_width
   dtype = jnp.dtype(config.compute_dtype)
   zeros = lambda: jnp.zeros(B, jnp.int32)

@@ -16,9 +16,9 @@ class TrainConfig:
     follow_rows: each row of the batch goes on, from step to step, in the document that its reader
       follows: FAM and memory segments are carried, without gradient. Otherwise every row starts
       anew in every step.
-    fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share of
-      the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop to
-      pull a disturbed memory back, and so to hold it for longer than it was trained. Not in the paper.
+    fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share
+      of the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop
+      to pull a disturbed memory back, and so to hold it longer. Not in the paper.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
     random_offset: starting rows draw a random position offset (B.2.2).

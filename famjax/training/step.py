@@ -145,7 +145,7 @@ def starting_memory(
 
 
 def disturbed(fam: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-  """A FAM `[L, B, F, D]` with normal noise: `noise` of its root mean square times a row's factor."""
+  """A FAM `[L, B, F, D]` with normal noise: `noise` of its size (RMS) times a row's factor."""
   normal_key, factor_key = jax.random.split(key)
   size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True)) * noise
   factor = jax.random.uniform(factor_key, (1, fam.shape[1], 1, 1), fam.dtype)
