@@ -90,7 +90,7 @@ def test_every_model_is_asked_the_same_documents_of_the_exact_length(monkeypatch
 
 @pytest.fixture(scope="module", name="guesser")
 def _guesser():
-  """A random model whose likeliest token is always a digit, so that some of its guesses are right."""
+  """A random model whose likeliest token is always a digit: some of its guesses are right."""
   decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
   kernel = jax.random.normal(jax.random.key(1), (16, 56))
   decoder.head.kernel[...] = jnp.zeros((16, 56)).at[:, DIGITS].set(kernel[:, DIGITS])
@@ -98,7 +98,7 @@ def _guesser():
 
 
 def test_chunks_change_nothing_and_one_call_of_the_decoder_agrees(guesser):
-  """6 blocks as 4 and a padded rest, as 3 pieces, and whole."""
+  """6 blocks as 4 and a padded rest, and whole."""
   cut = passkey.key_correct(guesser, 6, ASK)
   whole = passkey.key_correct(guesser, 6, PassKeyEval(examples=20, key_digits=1, chunk_blocks=6))
   np.testing.assert_array_equal(cut, whole)
@@ -109,7 +109,8 @@ def test_chunks_change_nothing_and_one_call_of_the_decoder_agrees(guesser):
   expected = [(best[i] == tokens[i, 1:])[weights[i, 1:] > 0].all() for i in range(20)]
   np.testing.assert_array_equal(cut, expected)
   assert 0 < cut.sum() < 20
-  np.testing.assert_array_equal(passkey._predict(guesser, tokens[:, :-1], 64), best)  # pylint: disable=protected-access
+  read = passkey._predict  # pylint: disable=protected-access
+  np.testing.assert_array_equal(read(guesser, tokens[:, :-1], 64), best)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,8 @@ def test_the_quickstart_in_two_steps(tmp_path, monkeypatch, capfd):
   root = tmp_path / "study"
   arguments = [
       "study", "--gin_file=gin/runs/quickstart.gin", f"--gin.STUDY_DIR={root}",
-      "--gin.TRAIN_STEPS=2", "--gin.EVAL_BLOCKS=(6, 9)", "--gin.PassKeyEval.examples=3",
+      "--gin.TRAIN_STEPS=2", "--gin.LONGEST_BLOCKS=8", "--gin.EVAL_BLOCKS=(6, 9)",
+      "--gin.PassKeyEval.examples=3",
       "--gin.ModelConfig.num_layers=1", "--gin.ModelConfig.model_dim=16", "--gin.BATCH_SIZE=2",
       "--gin.ModelConfig.ff_dim=16",
   ]  # fmt: skip
