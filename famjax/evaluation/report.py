@@ -9,6 +9,8 @@ import statistics
 
 import numpy as np
 
+from famjax.training.metrics import write_text
+
 PASSKEY = "passkey.json"  # what an evaluation leaves in a run's directory
 
 # One model of one seed: "name", "seed", "parameters", "longest_trained_blocks",
@@ -32,9 +34,7 @@ def machine() -> dict[str, object]:
 def write_json(path: pathlib.Path, value: object) -> None:
   """Writes JSON so that a reader finds the old file or the new one, never a part."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(path.suffix + ".part")
-  part.write_text(json.dumps(value, indent=2) + "\n")
-  part.replace(path)
+  write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def table(results: Sequence[Result]) -> str:

@@ -1,6 +1,7 @@
 """What a study leaves: the table, the plot and a file that is never half-written."""
 
 import json
+import os
 import pathlib
 
 import matplotlib.image
@@ -66,12 +67,12 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
   assert json.loads(path.read_text()) == {"a": [1, 0.5]} and path.read_text().endswith("}\n")
   assert [p.name for p in path.parent.iterdir()] == ["report.json"]
 
-  def fail(*_):
+  def fail(*_, **__):
     raise OSError("no space")
 
-  for broken in ("write_text", "replace"):
+  for owner, broken in ((pathlib.Path, "write_text"), (os, "replace")):
     with monkeypatch.context() as patch, pytest.raises(OSError):
-      patch.setattr(pathlib.Path, broken, fail)
+      patch.setattr(owner, broken, fail)
       report.write_json(path, {"b": 2})
     assert json.loads(path.read_text()) == {"a": [1, 0.5]}
   with pytest.raises(TypeError):
