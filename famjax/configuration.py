@@ -7,6 +7,7 @@ macros: what a run file offers to be set.
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib.util  # noqa: F401  # gin 0.5 uses it without importing it
@@ -28,7 +29,7 @@ from famjax.errors import UserError
 from famjax.evaluation import passkey, study
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.training.config import TrainConfig
-from famjax.training.loop import TrainResult, train
+from famjax.training.loop import TrainResult, check, train
 from famjax.training.optimizer import OptimizerConfig
 
 # Gin files, and what they include, are looked for from the working directory, inside the installed
@@ -108,16 +109,29 @@ def evaluate_from_gin() -> dict[str, Any]:
   with _gin_errors(kinds=()):
     arguments = gin.get_configurable("train")()
     config = gin.get_configurable("PassKeyEval")()
-  return passkey.evaluate_run(
-      arguments["run_dir"], config, arguments["train_reader"], arguments["config"].train_steps
-  )
+  return passkey.evaluate_run(arguments["run_dir"], config, arguments["train_reader"])
 
 
 def study_from_gin(gin_files: list[str], bindings: list[str]) -> None:
   """Runs the `Study` that the files describe; its runs are given the same files and bindings."""
   with _gin_errors(kinds=()):
     what = gin.get_configurable("Study")()
-  study.run(what, gin_files, bindings)
+  study.run(what, gin_files, bindings, plan)
+
+
+def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
+  """What `famjax train` and then `famjax eval` would do with the same arguments.
+
+  Raises:
+    UserError: they could not.
+  """
+  configure(gin_files, bindings)
+  with _gin_errors(kinds=()):
+    arguments = gin.get_configurable("train")()
+    run = check(**arguments, settings=operative_settings)
+    ask = gin.get_configurable("PassKeyEval")()
+  ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory.block_size)
+  return study.Plan(run["train"]["train_steps"], dataclasses.asdict(ask))
 
 
 def operative_settings() -> dict[str, str]:

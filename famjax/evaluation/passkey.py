@@ -14,10 +14,12 @@ import numpy as np
 from famjax.data.examples import generator
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.readers import Reader
+from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.model import Model, load
 from famjax.model.state import empty_state
+from famjax.training.checkpoint import list_steps
 
 _SEED = 1 << 40  # far from the seeds of training data, so that no evaluation key was trained on
 
@@ -50,6 +52,13 @@ class PassKeyEval:
       raise UserError("PassKeyEval.examples and chunk_blocks must be at least 1")
 
 
+  def check(self, vocabulary: Vocabulary, block_size: int) -> None:
+    """Raises UserError also for documents too short for their parts, in a model's tokens."""
+    self.validate()
+    text = PassKeyFormat(vocabulary, self.key_digits)
+    text.write(generator(_SEED, 0), total_tokens=min(self.blocks) * block_size + 1)
+
+
 def accuracy_by_blocks(model: Model, config: PassKeyEval) -> dict[int, float]:
   """Share of keys that a model gives back whole, for each length of document.
 
@@ -63,7 +72,7 @@ def accuracy_by_blocks(model: Model, config: PassKeyEval) -> dict[int, float]:
   Returns:
     `{blocks: accuracy}`.
   """
-  config.validate()
+  config.check(model.vocabulary, model.config.memory.block_size)
   return {n: float(key_correct(model, n, config).mean()) for n in config.blocks}
 
 
@@ -110,15 +119,14 @@ def evaluate(model: Model, config: PassKeyEval) -> dict:
   accuracy = accuracy_by_blocks(model, config)
   return {
       "accuracy": {str(n): a for n, a in accuracy.items()},
-      "examples": config.examples,
-      "key_digits": config.key_digits,
+      "asked": dataclasses.asdict(config) | {"blocks": list(config.blocks)},
       "block_size": model.config.memory.block_size,
       "eval_seconds": round(time.time() - started, 2),
   }
 
 
 def evaluate_run(
-    run_dir: str | os.PathLike[str], config: PassKeyEval, reader: Reader, train_steps: int
+    run_dir: str | os.PathLike[str], config: PassKeyEval, reader: Reader
 ) -> dict:
   """Evaluates a run's newest checkpoint and leaves `passkey.json` in its directory.
 
@@ -126,18 +134,17 @@ def evaluate_run(
     run_dir: of the run.
     config: what to ask.
     reader: of the run's training data, for the lengths that the model has seen.
-    train_steps: of the whole run.
 
   Returns:
-    What is in the file: that of `evaluate`, `parameters`, `steps`, and in blocks the longest
-    document trained on and what back-propagation went through.
+    What is in the file: that of `evaluate`, `parameters`, `steps` of training, and in blocks the
+    longest document trained on and what back-propagation went through.
   """
   model = load(os.fspath(run_dir))
   N = model.config.memory.block_size
   longest = getattr(reader.source, "longest", 0) or reader.length
   result = {
       "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
-      "steps": train_steps,
+      "steps": max(list_steps(pathlib.Path(run_dir) / "checkpoints")),
       "longest_trained_blocks": -(-longest // N),
       "backpropagated_blocks": reader.length // N,
       **evaluate(model, config),

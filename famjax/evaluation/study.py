@@ -2,10 +2,11 @@
 
 Each model of each seed is a run of its own, `famjax train` and then `famjax eval`, in a process of
 its own: on a CPU as many at once as there are cores to share. A study that was stopped goes on
-where it was; a run that is finished is not trained again.
+where it was; a run that is finished is not trained again. Before anything is started, the arguments
+of every run are gone through, so that a mistake does not cost the hours before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 from famjax.errors import UserError
 from famjax.evaluation import report
@@ -57,12 +59,29 @@ class Study:
       raise UserError(f"Study.parallel is {self.parallel}; it must be at least 1")
 
 
+class Plan(NamedTuple):
+  """What a run of given arguments ends with.
+
+  Attributes:
+    steps: of training.
+    asked: the settings of its evaluation, by name.
+  """
+
+  steps: int
+  asked: dict[str, object]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
   name: str
   seed: int
   directory: pathlib.Path
-  arguments: tuple[str, ...]
+  gin_files: tuple[str, ...]
+  bindings: tuple[str, ...]
+
+  @property
+  def label(self) -> str:
+    return f"{self.name}, seed {self.seed}"
 
   @property
   def log(self) -> pathlib.Path:
@@ -74,32 +93,56 @@ class _Job:
     return self.directory.with_name(self.directory.name + ".seconds")
 
   @property
-  def finished(self) -> bool:
+  def evaluated(self) -> bool:
     return (self.directory / report.PASSKEY).exists() and self.seconds.exists()
 
+  def result(self) -> report.Result:
+    return {
+        "name": self.name,
+        "seed": self.seed,
+        "train_seconds": float(self.seconds.read_text()),
+        **json.loads((self.directory / report.PASSKEY).read_text()),
+    }
 
-def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list[report.Result]:
+  def finished(self, plan: Plan) -> bool:
+    """Whether it was trained as long as planned, and asked what is to be asked."""
+    if not self.evaluated:
+      return False
+    result = self.result()
+    asked = json.loads(json.dumps(plan.asked))
+    return (result.get("steps"), result.get("asked")) == (plan.steps, asked)
+
+
+def run(
+    study: Study,
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    plan: Callable[[Sequence[str], Sequence[str]], Plan],
+) -> list[report.Result]:
   """Trains and evaluates every model of every seed, and writes the report.
 
   Args:
     study: what to compare.
     gin_files: of the base run, which the models' arguments are stacked on.
     bindings: NAME=VALUE of the command line; they win over the models' files.
+    plan: of a run with given gin files and bindings; raises UserError if they cannot be run.
 
   Returns:
     The results, those of a failed run left out.
 
   Raises:
-    UserError: a run failed; the line says which and where its log is.
+    UserError: a run cannot be started as it is described, or its directory belongs to another
+      configuration: nothing was started then. Or a run failed; the line says where its log is.
   """
   study.validate()
   root = pathlib.Path(study.run_dir)
-  root.mkdir(parents=True, exist_ok=True)
   jobs = [
       _job(study, name, seed, gin_files, bindings, root)
       for seed in study.seeds
       for name in study.models
   ]
+  plans = {job: _plan(job, plan) for job in jobs}
+  root.mkdir(parents=True, exist_ok=True)
   started = time.time()
   print(f"{len(jobs)} runs, {study.parallel} at a time; logs: {root}/*.log", flush=True)
   shares = _core_shares(study.parallel)
@@ -110,14 +153,14 @@ def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list
     with lock:
       worker = idle.pop()
     try:
-      return _run_job(job, shares[worker], started)
+      return _run_job(job, plans[job], shares[worker], started)
     finally:
       with lock:
         idle.append(worker)
 
   with concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
     failures = [f for f in pool.map(work, jobs) if f]
-  results = [_result(job) for job in jobs if job.finished]
+  results = [job.result() for job in jobs if job.finished(plans[job])]
   if results:
     _write(study, root, results, [*gin_files, *bindings], time.time() - started)
   if failures:
@@ -125,38 +168,35 @@ def run(study: Study, gin_files: Sequence[str], bindings: Sequence[str]) -> list
   return results
 
 
-def _result(job: "_Job") -> report.Result:
-  return {
-      "name": job.name,
-      "seed": job.seed,
-      "train_seconds": float(job.seconds.read_text()),
-      **json.loads((job.directory / report.PASSKEY).read_text()),
-  }
-
-
 def _job(study, name, seed, gin_files, bindings, root) -> _Job:
   directory = root / _directory_name(name, seed)
   own = [a for a in study.models[name] if a.endswith(".gin")]
   own_bindings = [a for a in study.models[name] if not a.endswith(".gin")]
-  files = [f"--gin_file={f}" for f in (*gin_files, *own)]
-  values = [*own_bindings, *bindings, f"RUN_DIR={directory}", f"SEED={seed}"]
-  return _Job(name, seed, directory, (*files, *(f"--gin.{v}" for v in values)))
+  values = (*own_bindings, *bindings, f"RUN_DIR={directory}", f"SEED={seed}")
+  return _Job(name, seed, directory, (*gin_files, *own), values)
+
+
+def _plan(job: _Job, plan) -> Plan:
+  try:
+    return plan(job.gin_files, job.bindings)
+  except UserError as e:
+    raise UserError(f"{job.label}: {e}") from e
 
 
 def _directory_name(name: str, seed: int) -> str:
   return f"{name.lower().replace(' ', '-')}-{seed}"
 
 
-def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
+def _run_job(job: _Job, plan: Plan, cores: Sequence[int], started: float) -> str | None:
   """Trains and evaluates; returns what went wrong, if anything did."""
-  label = f"{job.name}, seed {job.seed}"
-  say = lambda text: print(f"[{time.time() - started:5.0f} s] {label}: {text}", flush=True)
-  if job.finished:
+  say = lambda text: print(f"[{time.time() - started:5.0f} s] {job.label}: {text}", flush=True)
+  if job.finished(plan):
     say("done before")
     return None
   for command in ("train", "eval"):
     began = time.time()
-    arguments = [sys.executable, "-m", "famjax.cli", command, *job.arguments]
+    arguments = [sys.executable, "-m", "famjax.cli", command]
+    arguments += [f"--gin_file={f}" for f in job.gin_files] + [f"--gin.{v}" for v in job.bindings]
     say({"train": "training", "eval": "evaluating"}[command])
     with job.log.open("a") as log:
       process = subprocess.Popen(
@@ -177,7 +217,7 @@ def _run_job(job: _Job, cores: Sequence[int], started: float) -> str | None:
       job.seconds.write_text(f"{before + time.time() - began:.1f}\n")
     if status:
       say(f"failed: {last}")
-      return f"{label} failed ({last}); its log is {job.log}"
+      return f"{job.label} failed ({last}); its log is {job.log}"
   accuracy = json.loads((job.directory / report.PASSKEY).read_text())["accuracy"]
   say("  ".join(f"{n} blocks {a:.2f}" for n, a in accuracy.items()))
   return None

@@ -18,10 +18,11 @@ import numpy as np
 
 from famjax.data.vocabularies import Vocabulary, load_vocabulary
 from famjax.errors import UserError
-from famjax.model.config import MemoryConfig
+from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
-from famjax.model.state import State
-from famjax.training.checkpoint import load_params
+from famjax.model.state import State, empty_state
+from famjax.training.checkpoint import adopt, load_params
+from famjax.training.train_state import split
 
 _PREFILL_BLOCKS = 8  # blocks read in one call; one shape is compiled for all full calls
 
@@ -62,17 +63,24 @@ class Model:
       float32 logits `[B, S, V]` and the state after the tokens.
 
     Raises:
-      UserError: a token that is no integer or outside the vocabulary, or a state of another batch.
+      UserError: no token, one that is no integer or outside the vocabulary, or a state of another
+        batch or model.
     """
-    tokens = np.asarray(tokens)
+    self._check_state(state)
+    try:
+      tokens = np.asarray(tokens)
+    except ValueError:
+      raise UserError("tokens are lists of unequal length: call with each row on its own") from None
     if tokens.ndim != 2 or tokens.shape[0] != state.position.shape[0]:
       raise UserError(
           f"tokens have shape {tokens.shape} and the state {state.position.shape[0]} rows: give"
           " int tokens [B, S] with as many rows as the state has"
       )
+    if not tokens.size:
+      raise UserError(f"tokens have shape {tokens.shape}: give at least one")
     if not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(f"tokens are {tokens.dtype}: give integers, as the vocabulary encodes them")
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+    if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise UserError(
           f"token {int(tokens.min() if tokens.min() < 0 else tokens.max())} is outside the"
           f" vocabulary of {self.config.vocab_size}"
@@ -126,7 +134,12 @@ class Model:
 
     Yields:
       Pieces of text, whole characters each.
+
+    Raises:
+      UserError: the prompt is empty, or the temperature is negative.
     """
+    if temperature < 0:
+      raise UserError(f"temperature is {temperature}: use 0 for the likeliest token, or more")
     logits, state = self.read(prompt, state)
     ids, written = [], ""
     for i in range(max_new_tokens):
@@ -144,6 +157,18 @@ class Model:
         logits, state = self(np.full((1, 1), token), state)
         logits = logits[0, -1]
 
+  def _check_state(self, state: State) -> None:
+    """Raises UserError for a state of another configuration."""
+    expected = _state_shapes(self.config, state.position.shape[0])
+    for field in dataclasses.fields(State):
+      ours, theirs = getattr(expected, field.name), getattr(state, field.name)
+      if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
+        have = "missing" if theirs is None else f"{theirs.dtype}{list(theirs.shape)}"
+        raise UserError(
+            f"the state is of another model: its {field.name} is {have}, and this model's"
+            f" {ours.dtype}{list(ours.shape)}; begin with init_state of this model"
+        )
+
   @functools.cached_property
   def _read(self):
     def read(params, tokens, state, aligned):
@@ -157,6 +182,11 @@ class Model:
       return nnx.merge(self._graphdef, params).init_state(batch_size)
 
     return jax.jit(init_state, static_argnums=1)
+
+
+@functools.lru_cache(16)
+def _state_shapes(config: ModelConfig, batch_size: int) -> State:
+  return jax.eval_shape(lambda: empty_state(config, batch_size))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -184,26 +214,14 @@ def load(
   params, config, vocabulary = load_params(path)
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
-  decoder = Decoder(config, rngs=nnx.Rngs(0))
-  own = nnx.to_pure_dict(nnx.state(decoder))
-  missing = [k for k in own if k not in params and not k.startswith("fam_")]
-  if missing:
-    raise UserError(f"checkpoint {path} lacks the parameters {', '.join(missing)}")
-  values = {k: params.get(k, v) for k, v in own.items()}
+  graphdef, fresh = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
   if fam_prompt is not None:
-    values["fam_prompt"] = jnp.asarray(fam_prompt)
+    params = params | {"fam_prompt": jnp.asarray(fam_prompt)}
+    if "fam_prompt" not in fresh:
+      raise UserError("a fam_prompt was given, and this memory has no such weight: leave it out")
   for name in ("fam_prompt", "fam_prefix"):
-    if name in own and name not in params and not (name == "fam_prompt" and fam_prompt is not None):
-      values[name] = _drawn(params["embedder"]["embedding"], own[name].shape[:-1])
-    if name in values and (name not in own or values[name].shape != own[name].shape):
-      expected = own[name].shape if name in own else "no such weight"
-      raise UserError(f"{name} has shape {values[name].shape}; this memory takes {expected}")
-  state = nnx.state(decoder)
-  nnx.replace_by_pure_dict(state, values)
-  nnx.update(decoder, state)
-  return Model(decoder, load_vocabulary(vocabulary))
-
-
-def _drawn(embedding: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """`[*shape, D]`: embeddings of tokens drawn at random (SPEC B.1)."""
-  return embedding[jax.random.randint(jax.random.key(0), shape, 0, embedding.shape[0])]
+    if name in params and name in fresh and params[name].shape != fresh[name].shape:
+      raise UserError(
+          f"{name} has shape {params[name].shape}; this memory takes {fresh[name].shape}"
+      )
+  return Model(nnx.merge(graphdef, adopt(fresh, params, seed=0)), load_vocabulary(vocabulary))

@@ -188,7 +188,10 @@ def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) 
   cut = jax.lax.stop_gradient if memory.stop_gradient else lambda x: x
   N = memory.block_size
   if layout.decode:
-    return [KeySet(*_ring_as_block(own), _ring_mask(own, layout, memory))]
+    R = own.num_blocks
+    filling = (jnp.arange(R) == (layout.block % R)[:, None])[:, :, None, None, None]
+    ring = jax.tree.map(lambda x: jnp.where(filling, x, cut(x)), own)
+    return [KeySet(*_ring_as_block(ring), _ring_mask(ring, layout, memory))]
   T, P = layout.num_blocks, past.num_blocks
   keys = jnp.concatenate([past.keys, own.keys], axis=1)  # [B, P + T, N, K, d]
   values = jnp.concatenate([past.values, own.values], axis=1)

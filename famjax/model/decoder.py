@@ -306,8 +306,8 @@ class Decoder(nnx.Module):
   def _turns(self, layout: blocks.Layout, offset: jax.Array) -> Turns:
     config = self.config
     N, d = config.memory.block_size, config.head_width
-    turn = lambda positions: rope.rotation(positions, d, config.rope_theta)
-    fam_turn = lambda block, offset: turn(rope.fam_positions(block, offset, config.memory))
+    turn = lambda positions, fraction=0.0: rope.rotation(positions, d, config.rope_theta, fraction)
+    fam_turn = lambda block, offset: turn(*rope.fam_positions(block, offset, config.memory))
     block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
     next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
     return Turns(

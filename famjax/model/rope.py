@@ -16,13 +16,17 @@ def wavelength(theta: float) -> float:
   return 2 * np.pi * theta
 
 
-def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotation(
+    positions: jax.Array, width: int, theta: float, fraction: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of every position's angles.
 
   Args:
-    positions: `[...]` integer or float positions.
+    positions: `[...]` int32 positions.
     width: d, head width.
     theta: base of the wavelengths; pair `i` turns by `theta ** (-2 i / d)` per position.
+    fraction: added to the positions, and broadcastable to them; apart from them, as float32 has no
+      fractions left at position 1,000,000.
 
   Returns:
     Two float32 arrays `[..., d / 2]`.
@@ -31,10 +35,10 @@ def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array,
   coarse_turn = np.remainder(_STRIDE * frequency, 2 * np.pi).astype(np.float32)
   # Towards 0, so that the positions just before 0, the initial FAM's, are exact as well.
   coarse = jnp.sign(positions) * jnp.floor_divide(jnp.abs(positions), _STRIDE)
-  fine = positions - coarse * _STRIDE
+  fine = (positions - coarse * _STRIDE).astype(jnp.float32) + fraction
   angle = (
       coarse.astype(jnp.float32)[..., None] * coarse_turn
-      + fine.astype(jnp.float32)[..., None] * frequency.astype(np.float32)
+      + fine[..., None] * frequency.astype(np.float32)
   )
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -48,7 +52,9 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
   ).astype(x.dtype)
 
 
-def fam_positions(block: jax.Array, offset: jax.Array, memory: MemoryConfig) -> jax.Array:
+def fam_positions(
+    block: jax.Array, offset: jax.Array, memory: MemoryConfig
+) -> tuple[jax.Array, jax.Array | float]:
   """Where the FAM written by block `block` stands (B.2.1).
 
   Args:
@@ -57,12 +63,12 @@ def fam_positions(block: jax.Array, offset: jax.Array, memory: MemoryConfig) -> 
     memory: gives N, F and the rule: "last", "float" or "zero".
 
   Returns:
-    `[..., F]` positions, int32 ("last", "zero") or float32 ("float").
+    int32 `[..., F]` positions, and float32 `[F]` fractions to add to them ("float"; else 0).
   """
   slot = jnp.arange(memory.length)
   end = ((block + 1) * memory.block_size + offset)[..., None]  # first position of the next block
   if memory.fam_position == "zero":
-    return jnp.zeros_like(end + slot)
+    return jnp.zeros_like(end + slot), 0.0
   if memory.fam_position == "last":
-    return end - memory.length + slot
-  return end - 1 + (slot + 1) / (memory.length + 1)
+    return end - memory.length + slot, 0.0
+  return end - 1 + 0 * slot, (slot + 1) / (memory.length + 1)

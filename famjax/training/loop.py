@@ -9,7 +9,7 @@ import os
 import pathlib
 import signal
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -83,16 +83,10 @@ def train(
     DivergedError: a loss or gradient is not finite. The newest checkpoint is from before it.
   """
   # ------------------------------------------------------------------------------------ check
-  for part in (model, optimizer, config):
-    part.validate()
-  run_dir = pathlib.Path(run_dir)
-  config.check_batch_size(train_reader.batch_size)
-  for reader in filter(None, (train_reader, eval_reader)):
-    _check_reader(reader, model)
-  description = run_directory.describe(
-      model, optimizer, config, train_reader, vocabulary, settings()
+  description = check(
+      run_dir, model, train_reader, optimizer, config, eval_reader, vocabulary, settings=settings
   )
-  run_directory.check(run_dir, description)
+  run_dir = pathlib.Path(run_dir)
 
   # ------------------------------------------------------------------------- model and optimizer
   graphdef, _ = split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
@@ -203,6 +197,36 @@ def train(
         flush=True,
     )
   return TrainResult(state, last, terminated)
+
+
+def check(
+    run_dir: str | os.PathLike[str],
+    model: ModelConfig,
+    train_reader: Reader,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    config: TrainConfig = TrainConfig(),
+    eval_reader: Reader | None = None,
+    vocabulary: str = "bytes",
+    *,
+    settings: Callable[[], dict[str, str]] = dict,
+) -> dict[str, Any]:
+  """Returns what the run is, see `run_directory.describe`, if `train` could begin or go on with it.
+
+  Args are those of `train`.
+
+  Raises:
+    UserError: it could not.
+  """
+  for part in (model, optimizer, config):
+    part.validate()
+  config.check_batch_size(train_reader.batch_size)
+  for reader in filter(None, (train_reader, eval_reader)):
+    _check_reader(reader, model)
+  description = run_directory.describe(
+      model, optimizer, config, train_reader, vocabulary, settings()
+  )
+  run_directory.check(pathlib.Path(run_dir), description)
+  return description
 
 
 def run_evaluation(

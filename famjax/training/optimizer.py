@@ -14,6 +14,7 @@ from famjax.errors import UserError
 
 NAMES = ("adafactor", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
+DECAYING = ("linear", "cosine")  # down to their end at `decay_steps`
 
 # Parameters whose last name is one of these are never decayed: norms, biases, the memory's start.
 NOT_DECAYED = ("scale", "bias", "fam_prompt", "fam_prefix")

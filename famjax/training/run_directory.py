@@ -15,6 +15,7 @@ from typing import Any
 from famjax.errors import UserError
 from famjax.training.config import MAY_CHANGE
 from famjax.training.metrics import write_text
+from famjax.training.optimizer import DECAYING
 
 # Settings by the name that they have in gin that change no step of training.
 _FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat"}
@@ -34,9 +35,12 @@ def describe(
     vocabulary: its name.
     settings: everything that was configured by gin, by name, as text; may be empty.
   """
+  schedule = dataclasses.asdict(optimizer)
+  if optimizer.schedule in DECAYING and optimizer.decay_steps is None:
+    schedule["decay_steps"] = config.train_steps  # more steps would then be other steps
   return {
       "model": dataclasses.asdict(model),
-      "optimizer": dataclasses.asdict(optimizer),
+      "optimizer": schedule,
       "train": dataclasses.asdict(config),
       "data": {
           "vocabulary": vocabulary,

@@ -33,6 +33,7 @@ if values.get("FAIL") == command:
   sys.exit("famjax: error: it was told to fail")
 if command == "eval":
   result = dict(parameters=10, longest_trained_blocks=8, accuracy={{"8": float(values["SCORE"])}})
+  result |= dict(steps=int(values.get("STEPS", 1)), asked=dict(blocks=[int(values.get("ASK", 8))]))
   (run / "passkey.json").write_text(json.dumps(result))
 """
 
@@ -46,8 +47,17 @@ def _fake(request, tmp_path, monkeypatch):
     monkeypatch.setattr(study.sys, "executable", str(script))
 
 
+def plan(gin_files, bindings):
+  """STEPS=... and ASK=... say what a run is; REFUSE=... that it cannot be."""
+  values = dict(binding.partition("=")[::2] for binding in bindings)
+  assert gin_files[0] == "base.gin" and "RUN_DIR" in values and "SEED" in values
+  if "REFUSE" in values:
+    raise UserError(values["REFUSE"])
+  return study.Plan(int(values.get("STEPS", 1)), {"blocks": (int(values.get("ASK", 8)),)})
+
+
 def run(root, models, bindings=(), **options):
-  return study.run(Study(str(root), models, **options), ["base.gin"], bindings)
+  return study.run(Study(str(root), models, **options), ["base.gin"], bindings, plan)
 
 
 def calls(root, name):
@@ -83,6 +93,22 @@ def test_what_is_finished_is_not_trained_again(tmp_path, capfd):
   again = run(root, {"FAM": ["SCORE=0"], "BSWA": ["SCORE=0.5"]})
   assert [r["accuracy"]["8"] for r in again] == [1.0, 0.5] and again[0] == first[0]
   assert len(calls(root, "fam-0")) == len(calls(root, "bswa-0")) == 2
+
+
+@pytest.mark.parametrize("change", ["STEPS=2", "ASK=16"])
+def test_a_finished_run_is_taken_up_again_for_more_steps_and_other_questions(tmp_path, change):
+  root = tmp_path / "study"
+  run(root, {"FAM": ["SCORE=1"], "BSWA": ["SCORE=0"]})
+  fam, _ = run(root, {"FAM": ["SCORE=0.5", change], "BSWA": ["SCORE=1"]})
+  assert fam["accuracy"] == {"8": 0.5}
+  assert len(calls(root, "fam-0")) == 4 and len(calls(root, "bswa-0")) == 2
+
+
+def test_nothing_is_started_when_one_run_could_not_be(tmp_path):
+  root = tmp_path / "study"
+  with pytest.raises(UserError, match="^BSWA, seed 1: it belongs to another configuration$"):
+    run(root, {"FAM": [], "BSWA": ["REFUSE=it belongs to another configuration"]}, seeds=(1,))
+  assert not root.exists()
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
@@ -148,7 +174,7 @@ def test_runs_share_the_cores_of_the_process(monkeypatch):
 def test_studies_that_make_no_sense(tmp_path, change, message):
   what = Study(**{"run_dir": str(tmp_path / "study"), "models": {"FAM": []}} | change)
   with pytest.raises(UserError, match=message):
-    study.run(what, [], [])
+    study.run(what, [], [], plan)
   assert not (tmp_path / "study").exists()
 
 
@@ -183,9 +209,21 @@ def test_the_quickstart_in_two_steps(tmp_path, monkeypatch, capfd):
     patch.setattr(subprocess, "Popen", None)
     assert cli.main(arguments) == 0
   assert capfd.readouterr().out.count("done before") == 2
-  # A binding that its run does not know: one line; the model that is finished stays in the report.
-  assert cli.main([*arguments, "--gin.Study.models={'FAM': [], 'BAD': ['NOSUCH=1']}"]) == 2
-  (line,) = capfd.readouterr().err.splitlines()
-  assert line.startswith("famjax: error: BAD, seed 0 failed (famjax: error: ")
-  assert "'NOSUCH'" in line and line.endswith(f"its log is {root / 'bad-0.log'}")
-  assert [r["name"] for r in json.loads((root / "report.json").read_text())["results"]] == ["FAM"]
+  # What cannot be run, or would not be the run that the directory has, is refused at once.
+  report = (root / "report.json").read_text()
+  for change, message in (
+      ("Study.models={'FAM': [], 'BAD': ['NOSUCH=1']}", "BAD, seed 0: no gin file of this run uses"),
+      ("LEARNING_RATE=1e-4", f"FAM, seed 0: run directory {root / 'fam-0'} belongs to another con"),
+      ("TRAIN_STEPS=3", f"FAM, seed 0: run directory {root / 'fam-0'} belongs to another configur"),
+      ("EVAL_BLOCKS=(6, 3)", "FAM, seed 0: a pass key document of 49 tokens is too short"),
+  ):
+    with monkeypatch.context() as patch:
+      patch.setattr(subprocess, "Popen", None)
+      assert cli.main([*arguments, f"--gin.{change}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"famjax: error: {message}")
+  assert (root / "report.json").read_text() == report
+  # Other questions are asked of the models that are there.
+  assert cli.main([*arguments, "--gin.EVAL_BLOCKS=(7,)", "--gin.Study.models={'FAM': []}"]) == 0
+  (again,) = json.loads((root / "report.json").read_text())["results"]
+  assert set(again["accuracy"]) == {"7"} and again["train_seconds"] > fam["train_seconds"]

@@ -71,11 +71,26 @@ def test_a_call_is_the_decoder_s():
         ([[3, 259]], "token 259 is outside the vocabulary of 259"),
         ([[-1, 3]], "token -1 is outside"),
         ([[0.5]], "float64"),
+        ([[]], r"shape \(1, 0\): give at least one"),
+        ([[1, 2], [3]], "lists of unequal length"),
     ],
 )
 def test_tokens_that_cannot_be_read(tokens, message):
   with pytest.raises(UserError, match=message):
     model()(tokens, model().init_state())
+
+
+def test_a_state_of_another_model():
+  state = model("bswa").init_state()
+  with pytest.raises(UserError, match="state is of another model: its fam is .* init_state"):
+    model("fam")([[3]], state)
+  with pytest.raises(UserError, match="its keys is missing"):
+    model("bswa")([[3]], state.replace(keys=None))
+
+
+def test_a_temperature_below_zero():
+  with pytest.raises(UserError, match="temperature is -0.5: use 0"):
+    next(model().generate("text", temperature=-0.5))
 
 
 def test_a_state_of_another_number_of_rows():

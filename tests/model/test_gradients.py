@@ -101,7 +101,7 @@ def test_gradients_reach_the_fam_from_its_last_use(config):
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
-@pytest.mark.parametrize("cuts", [None, (2, 7, 9)])
+@pytest.mark.parametrize("cuts", [None, (2, 7, 9), tuple(range(1, 10))])
 def test_gradients_cross_segments_unless_stopped(stop_gradient, cuts):
   """Three blocks, two layers, M = 1: the last block's gradient reaches all, or itself alone."""
   config = dataclasses.replace(

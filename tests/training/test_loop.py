@@ -20,7 +20,8 @@ change = dataclasses.replace
 
 
 def train(run_dir, config=toy.TRAIN, model=toy.MODEL, reader=toy.ToyReader(), **options):
-  return loop.train(run_dir, model, reader, toy.OPTIMIZER, config, vocabulary="toy", **options)
+  options = {"optimizer": toy.OPTIMIZER, "vocabulary": "toy", **options}
+  return loop.train(run_dir, model, reader, config=config, **options)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +210,16 @@ def test_a_run_directory_of_another_configuration(tmp_path):
   assert contents(tmp_path) == before
   free = change(one, log_every=7, eval_every=9, keep_checkpoints=5)
   train(tmp_path, free, model=change(toy.MODEL, remat="full"))
+
+
+def test_more_steps_of_a_rate_that_decays_are_another_run(tmp_path):
+  """The rate of every step depends on the last; with its end written down they may be added."""
+  one, two = (change(toy.TRAIN, train_steps=n) for n in (1, 2))
+  cosine = change(toy.OPTIMIZER, schedule="cosine")
+  train(tmp_path, one, optimizer=cosine)
+  with pytest.raises(UserError, match="optimizer.decay_steps is 1 there and 2 here"):
+    train(tmp_path, two, optimizer=cosine)
+  assert int(train(tmp_path, two, optimizer=change(cosine, decay_steps=1)).state.step) == 2
 
 
 def test_a_directory_with_checkpoints_of_nobody_knows_what(tmp_path):
