@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -184,7 +185,7 @@ def _plan(job: _Job, plan) -> Plan:
 
 
 def _directory_name(name: str, seed: int) -> str:
-  return f"{name.lower().replace(' ', '-')}-{seed}"
+  return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}-{seed}"
 
 
 def _run_job(job: _Job, plan: Plan, cores: Sequence[int], started: float) -> str | None:

@@ -21,6 +21,8 @@ class TrainConfig:
       to pull a disturbed memory back, and so to hold it longer. Not in the paper.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
+    rsp_from: the first step that passes it. The paper starts from a pretrained model and passes at
+      once; a model that starts at random must learn first what a FAM is for.
     random_offset: starting rows draw a random position offset (B.2.2).
     offset_cap: the draw is below min(2 pi rope_theta, offset_cap).
     loss_chunk: tokens whose logits stand in memory at once.
@@ -39,6 +41,7 @@ class TrainConfig:
   follow_rows: bool = False
   fam_noise: float = 0.0
   rsp_probability: float = 0.0
+  rsp_from: int = 0
   random_offset: bool = False
   offset_cap: int = 65536
   loss_chunk: int = 1024
@@ -58,7 +61,7 @@ class TrainConfig:
     ):  # fmt: skip
       if getattr(self, name) < 1:
         raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("seed", "eval_every", "checkpoint_every"):
+    for name in ("seed", "rsp_from", "eval_every", "checkpoint_every"):
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
     if self.fam_noise < 0:

@@ -111,7 +111,7 @@ def starting_memory(
 
   Random position offset (B.2.2): a starting row's offset is uniform in `[0, min(2 pi theta, cap))`
   times a fair coin; it stays with the row while it is followed. Random state passing (B.2.3): with
-  `rsp_probability` a starting row starts from the kept FAM, once there is one.
+  `rsp_probability` a starting row starts from the kept FAM, once there is one, from step `rsp_from`.
 
   Args:
     state: of the run.
@@ -138,7 +138,7 @@ def starting_memory(
   memory = memory.replace(offset=jnp.where(start, offset, memory.offset))
   if state.kept_fam is not None:
     passed = start & jax.random.bernoulli(passing_key, config.rsp_probability, (B,))
-    passed &= state.kept_updates > 0
+    passed &= (state.kept_updates > 0) & (state.step >= config.rsp_from)
     memory = restart(memory, passed, fam=state.kept_fam, fam_updates=state.kept_updates)
     start = start & ~passed
   return memory, start

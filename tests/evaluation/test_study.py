@@ -147,9 +147,9 @@ def test_a_run_that_was_asked_by_hand_takes_part(tmp_path):
   assert fam["accuracy"] == {"8": 1.0} and len(calls(root, "fam-0")) == 2
 
 
-def test_a_point_in_a_name_keeps_the_files_of_its_seeds_apart(tmp_path):
+def test_names_become_files_and_a_point_in_one_keeps_those_of_its_seeds_apart(tmp_path):
   root = tmp_path / "study"
-  run(root, {"FAM 0.5": ["SCORE=1"]}, seeds=(0, 1))
+  run(root, {"FAM, 0.5": ["SCORE=1"]}, seeds=(0, 1))
   assert {p.name for p in root.glob("*.log")} == {"fam-0.5-0.log", "fam-0.5-1.log"}
 
 

@@ -81,6 +81,9 @@ def test_row_0s_fam_is_kept_and_passed():
   assert 16 < starts.sum() < 48
   assert (memory.fam_updates == np.where(starts, 0, 2)).all()
   np.testing.assert_array_equal(memory.fam[:, ~starts][:, 0], state.kept_fam)
+  for first, passed in ((1, True), (2, False)):  # one step is done: the next one is number 1
+    _, starts = starting_memory(state, start, toy.MODEL, change(config, rsp_from=first))
+    assert starts.all() != passed
   kept = np.asarray(state.kept_fam)
   batch["lengths"][:] = 3  # no full block: what was kept stays
   state, _ = step(state, batch)
