@@ -29,7 +29,8 @@ setuptools.setup(
     cmdclass={"build_py": BuildWithGin},
     # 3.13 and later have no tensorflow-text, which seqio needs.
     python_requires=">=3.11,<3.13",
-    # Lower bounds: what the tests ran with. Upper bounds: the next release that may rename things.
+    # Lower bounds: near what the tests ran with (WORKSPACE.md); nothing older was tried. Upper bounds:
+    # the next release that may rename things.
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",

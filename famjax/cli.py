@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import famjax
-from famjax.errors import DivergedError, UserError
+from famjax.errors import DivergedError, TerminatedError, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     return arguments.run(arguments)
   except UserError as e:
     return _fail(e, 2)
+  except OSError as e:  # a place where nothing can be written, a full disk
+    return _fail(e, 2)
   except DivergedError as e:
     return _fail(e, 1)
+  except TerminatedError as e:
+    return _fail(e, 143)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
 
@@ -81,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   configuration.configure(arguments.gin_file, arguments.gin)
-  result = configuration.train_from_gin()
+  result = configuration.train_from_gin(arguments.gin)
   return 143 if result.terminated else 0
 
 
@@ -123,6 +127,13 @@ def _study(arguments: argparse.Namespace) -> int:
     raise UserError("study needs a study: add --gin_file=gin/runs/quickstart.gin, or another")
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
+  for binding in arguments.gin:
+    name = binding.partition("=")[0]
+    if name in ("RUN_DIR", "SEED"):
+      raise UserError(
+          f"--gin.{name}: a study sets it for each of its runs; set"
+          f" {dict(RUN_DIR='STUDY_DIR', SEED='SEEDS')[name]}"
+      )
   # Each run of a study gets a directory of its own; this process trains nothing.
   configuration.configure(arguments.gin_file, ["RUN_DIR=none", *arguments.gin])
   configuration.study_from_gin(arguments.gin_file, arguments.gin)

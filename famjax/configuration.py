@@ -6,6 +6,8 @@ macros: what a run file offers to be set.
 """
 
 import ast
+import collections.abc
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import difflib
@@ -16,6 +18,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import tokenize
 import types
 import typing
@@ -78,7 +81,7 @@ def configure(gin_files: list[str], bindings: list[str]) -> None:
         places = ", ".join(str(base.absolute()) for base in SEARCHED)
         raise UserError(f"gin file {path!r} not found; looked in {places}")
       texts += _texts(gin.parse_config_file(path))
-  offered = {name for text in texts for name in (*_DEFINED.findall(text), *_MACRO.findall(text))}
+  offered = {name for text in texts for name in (*_DEFINED.findall(text), *_macros(text))}
   for binding in bindings:
     name, equals, value = binding.partition("=")
     if not equals:
@@ -88,15 +91,21 @@ def configure(gin_files: list[str], bindings: list[str]) -> None:
     texts.append(f"{name} = {quoted(value)}")
     with _gin_errors(f"--gin.{binding}: "):
       gin.parse_config(texts[-1])
-  _check_macros({name for text in texts for name in _MACRO.findall(text)})
+  _check_macros({name for text in texts for name in _macros(text)})
   with _gin_errors():
     gin.finalize()
 
 
-def train_from_gin() -> TrainResult:
-  """Runs `train` with the arguments that `configure` has given it."""
-  with _gin_errors(kinds=()):
-    arguments = gin.get_configurable("train")()
+def train_from_gin(bindings: Sequence[str] = ()) -> TrainResult:
+  """Runs `train` with the arguments that `configure` has given it.
+
+  Names that `bindings` set and nothing uses get a line: a study gives all of its runs the same
+  ones, so that they are no error.
+  """
+  arguments = _train_arguments()
+  check(**arguments, settings=operative_settings)
+  for name in _unused(bindings):
+    print(f"famjax: note: --gin.{name}: nothing in this run uses it", file=sys.stderr)
   return train(**arguments, settings=operative_settings)
 
 
@@ -106,8 +115,9 @@ def evaluate_from_gin() -> dict[str, Any]:
   Returns:
     What is in the file: see `passkey.evaluate_run`.
   """
+  arguments = _train_arguments()
+  check(**arguments, settings=operative_settings)
   with _gin_errors(kinds=()):
-    arguments = gin.get_configurable("train")()
     config = gin.get_configurable("PassKeyEval")()
   return passkey.evaluate_run(arguments["run_dir"], config, arguments["train_reader"])
 
@@ -126,12 +136,36 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
     UserError: they could not.
   """
   configure(gin_files, bindings)
+  arguments = _train_arguments()
+  run = check(**arguments, settings=operative_settings)
   with _gin_errors(kinds=()):
-    arguments = gin.get_configurable("train")()
-    run = check(**arguments, settings=operative_settings)
     ask = gin.get_configurable("PassKeyEval")()
   ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory.block_size)
   return study.Plan(run["train"]["train_steps"], dataclasses.asdict(ask))
+
+
+def _unused(bindings: Sequence[str]) -> list[str]:
+  """Names among `bindings` that the run has not used, once it has been built."""
+  used = operative_settings()
+  names = [binding.partition("=")[0] for binding in bindings]
+  elsewhere = ("PassKeyEval.", "Study.")  # of other commands
+  return [n for n in names if "." in n and n not in used and not n.startswith(elsewhere)]
+
+
+def _train_arguments() -> dict[str, Any]:
+  """What `configure` has given `train`."""
+  with _gin_errors(kinds=()):
+    arguments = gin.get_configurable("train")()
+  name = arguments.get("vocabulary", "bytes")
+  named = data.load_vocabulary(name)
+  for reader in filter(None, (arguments["train_reader"], arguments.get("eval_reader"))):
+    theirs = reader.vocabulary
+    if theirs.vocab_size != named.vocab_size or theirs.encode(_PROBE) != named.encode(_PROBE):
+      raise UserError(
+          f"train.vocabulary is {name!r}, and the data is made of other tokens: a checkpoint would"
+          " vouch for the wrong one; set VOCABULARY to that of the data"
+      )
+  return arguments
 
 
 def operative_settings() -> dict[str, str]:
@@ -139,11 +173,9 @@ def operative_settings() -> dict[str, str]:
   text = gin.operative_config_str(max_line_length=10**6)
   settings = dict(re.findall(r"^([\w./]+) = (.*?)\n(?=\S|\n|\Z)", text + "\n", re.M | re.S))
   macros = {name: value for name, value in settings.items() if "." not in name}
-  while any(_MACRO.search(value) for value in settings.values()):
-    settings = {
-        name: _MACRO.sub(lambda m: macros.get(m[1], repr(m[1])), value)
-        for name, value in settings.items()
-    }
+  put_in = lambda m: macros.get(m[1], repr(m[1])) if m[1] else m[0]
+  while any(map(_macros, settings.values())):
+    settings = {name: _MACRO.sub(put_in, value) for name, value in settings.items()}
   return {name: value for name, value in settings.items() if "." in name}
 
 
@@ -160,7 +192,8 @@ def quoted(value: str) -> str:
 
 
 _DEFINED = re.compile(r"^(\w+)\s*=", re.M)
-_MACRO = re.compile(r"%(\w+)\b(?!\.)")
+# A macro, or a string in quotes, which may hold what looks like one: group 1 is empty there.
+_MACRO = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"|%(\w+)\b(?!\.)")
 _REFERENCE = re.compile(r"(?<![\w/.])[@%][A-Za-z_][\w./]*(\(\))?")
 
 
@@ -174,12 +207,17 @@ def _texts(parsed) -> list[str]:
   return [own, *(text for included in parsed.includes for text in _texts(included))]
 
 
+def _macros(text: str) -> list[str]:
+  """Names of the macros that a gin text uses; not what stands in quotes."""
+  return [name for name in _MACRO.findall(text) if name]
+
+
 def _check_macros(used: set[str]) -> None:
   """Raises UserError for macros without a value, and for those that nothing ever used."""
   text = gin.config_str()
   values = dict(re.findall(r"^(\w+) = (.*)$", text, re.M))
   required = "%gin.REQUIRED"
-  needed = set(_MACRO.findall(text)) | set(values)
+  needed = set(_macros(text)) | set(values)
   missing = [name for name in sorted(needed) if values.get(name, required) == required]
   if missing:
     options = " ".join(f"--gin.{name}=..." for name in missing)
@@ -194,6 +232,7 @@ def _near(name: str, known) -> str:
   return f"; there is {', '.join(near)}" if near else ""
 
 
+_PROBE = "The pass key is 71432. Naïve? 1 + 1 = 2."  # two vocabularies that agree on it are one
 _PARSING = (ValueError, OSError, SyntaxError, ImportError, tokenize.TokenError)
 
 
@@ -234,17 +273,51 @@ def _signature(thing) -> inspect.Signature:
   return inspect.Signature(named_only)
 
 
+_UNIONS = (types.UnionType, typing.Union)
+_PLAIN = (int, float, str, bool, type(None), tuple, list, dict)  # what gin text can say
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
-  """Raises UserError for a plain value of a type that its parameter does not take."""
-  kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  kinds = tuple(k for k in kinds if typing.get_origin(k) is not os.PathLike)  # a str, in gin
-  if not set(kinds) <= {int, float, str, bool, type(None)}:
-    return
-  taken = type(value)
-  if taken in kinds or (taken is int and float in kinds):
-    return
-  names = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-  raise UserError(f"{name} is {value!r}: it must be {names}")
+  """Raises UserError for a value of a type that its parameter does not take."""
+  if not _fits(value, hint):
+    raise UserError(f"{name} is {value!r}: it must be {_words(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  origin, inner = typing.get_origin(hint), typing.get_args(hint)
+  if origin in _UNIONS:
+    return any(_fits(value, kind) for kind in inner)
+  if hint in (Any, inspect.Parameter.empty):
+    return True
+  if hint in (int, float):  # True is no number here
+    return type(value) in (int, hint)
+  if origin is tuple and inner[-1] is not ...:
+    many = isinstance(value, (tuple, list)) and len(value) == len(inner)
+    return many and all(map(_fits, value, inner))
+  if origin in (tuple, collections.abc.Sequence):
+    return isinstance(value, (tuple, list)) and all(_fits(v, inner[0]) for v in value)
+  if origin is dict:
+    return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+  if hint in _PLAIN:
+    return isinstance(value, hint)
+  return not isinstance(value, _PLAIN)  # an object: what kind of, it has to know
+
+
+def _words(hint: Any) -> str:
+  """A type as people say it."""
+  inner = [kind for kind in typing.get_args(hint) if kind is not ...]
+  if typing.get_origin(hint) in _UNIONS:  # a path is a str, in gin
+    kinds = [kind for kind in inner if typing.get_origin(kind) is not os.PathLike]
+    return " or ".join(map(_words, kinds))
+  if typing.get_origin(hint) is tuple and len(inner) > 1:
+    return f"({', '.join(map(_words, inner))})"
+  if typing.get_origin(hint) in (tuple, collections.abc.Sequence):
+    return f"several {_words(inner[0])}, as (a, b)"
+  if hint is type(None):
+    return "None"
+  if typing.get_origin(hint) is dict or hint in _PLAIN:
+    return getattr(hint, "__name__", "dict")
+  return f"an object, as @{hint.__name__}()"
 
 
 def _at_the_edge(name: str, thing):

@@ -8,6 +8,13 @@ class UserError(ValueError):
   """
 
 
+class TerminatedError(RuntimeError):
+  """SIGTERM ended the work; the line says what was kept.
+
+  The command line prints it as `famjax: error: ...` and ends with exit status 143.
+  """
+
+
 class DivergedError(RuntimeError):
   """A loss or a gradient is no longer finite; the line names the step.
 

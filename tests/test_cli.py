@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from famjax import cli, configuration
-from famjax.errors import DivergedError
+from famjax.errors import DivergedError, TerminatedError
 from famjax.training.checkpoint import list_steps, load_params
 
 SMALL = [
@@ -65,9 +65,14 @@ def test_a_run_from_the_command_line(tmp_path, corpus, capsys):
   assert "has all of its 2 steps" in capsys.readouterr().out
   assert cli.main([*options, "--gin.TRAIN_STEPS=2", "--gin.FollowingReader.seed=5"]) == 2
   assert "FollowingReader.seed" in (error := capsys.readouterr().err) or "data.seed" in error
-  params, model, vocabulary = load_params(run_dir)
-  assert model.model_dim == 16 and vocabulary == "bytes"
+  params, model, vocabulary, step = load_params(run_dir)
+  assert model.model_dim == 16 and vocabulary == "bytes" and step == 2
   assert params["embedder"]["embedding"].shape == (259, 16)
+  # Another corpus in the same place is other data.
+  (pathlib.Path(corpus) / "new.txt").write_text("A text that came later.")
+  assert cli.main([*options, "--gin.TRAIN_STEPS=3"]) == 2
+  error = capsys.readouterr().err
+  assert "data.corpus is 19 files, " in error and " there and 20 files, " in error
 
 
 def test_sigterm_ends_with_a_line_and_status_143_and_the_restart_is_bitwise(tmp_path, corpus):
@@ -111,6 +116,20 @@ WRONG = {
     "model for a vocabulary": (
         [*SMALL, "--gin.RUN_DIR=x", "--gin.ModelConfig.vocab_size=100"], "259 entries",
     ),
+    "a run directory below a file": (
+        [*SMALL, "--gin.TRAIN_STEPS=1", "--gin.RUN_DIR=/etc/passwd/x"], "/etc/passwd",
+    ),
+    "a seed for a study": (
+        ["study", "--gin_file=gin/runs/quickstart.gin", "--gin.SEED=3"], "set SEEDS",
+    ),
+    "models of a study": (
+        ["study", "--gin_file=gin/runs/quickstart.gin", "--gin.Study.models=FAM"],
+        "Study.models is 'FAM': it must be dict",
+    ),
+    "a file for a study": (
+        ["study", "--gin_file=gin/runs/quickstart.gin", "--gin.STUDY_DIR=/etc/passwd"],
+        "/etc/passwd",
+    ),
     "no such checkpoint": (
         [*SMALL, "--gin.RUN_DIR=x", "--gin.TrainConfig.init_checkpoint=/nowhere"], "/nowhere",
     ),
@@ -148,10 +167,13 @@ def test_a_vocabulary_that_does_not_match_a_checkpoint(tmp_path, corpus, capsys)
     [
         (DivergedError("loss is nan at step 7"), 1, "step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (TerminatedError("SIGTERM: it goes on from there"), 143, "goes on from there"),
+        (OSError(28, "No space left on device", "/full"), 2, "No space left on device: '/full'"),
     ],
 )
 def test_a_run_that_diverges_or_is_interrupted(monkeypatch, capsys, error, status, line):
-  def fail():
+  def fail(bindings):
+    del bindings
     raise error
 
   monkeypatch.setattr(configuration, "train_from_gin", fail)

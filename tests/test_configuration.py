@@ -17,7 +17,7 @@ REQUIRED = {
     "passkey_base": ["TRAIN_STEPS=10", "LONGEST_BLOCKS=8"],
 }
 # Files that stack on another run than RUN.
-RUN_OF = {"passkey_examples": "gin/runs/passkey.gin"}
+RUN_OF = dict.fromkeys(["passkey_examples", "passkey_short"], "gin/runs/passkey.gin")
 
 
 def files(folder):
@@ -125,6 +125,18 @@ def test_an_unknown_name_is_one_line(binding, capfd):
         ("LEARNING_RATE=fast", "learning_rate is 'fast': it must be float"),
         ("MemoryConfig.window=wide", "window is 'wide': it must be int or None"),
         ("RUN_DIR=7", "run_dir is 7: it must be str"),
+        ("LENGTH=True", "FollowingReader.length is True: it must be int"),
+        ("train.optimizer=adamw", "optimizer is 'adamw': it must be an object, as @OptimizerConfig"),
+        ("ModelConfig.memory=fam", "memory is 'fam': it must be an object, as @MemoryConfig()"),
+        ("FollowingReader.source=books", "source is 'books': it must be an object, as @Source()"),
+        ("FollowingReader.rows=(0,)", r"rows is \(0,\): it must be \(int, int\) or None"),
+        ("FollowingReader.rows=(0, 1)", r"rows \(0, 1\) of 16: one process reads them all"),
+        ("ModelConfig.head_dim=0", "head_width is 0"),
+        ("ModelConfig.rope_theta=-5.0", "rope_theta is -5.0"),
+        ("ModelConfig.norm_eps=-1.0", "norm_eps is -1.0"),
+        ("MemoryConfig.window=1000", "window 1000 is wider than the 257 tokens"),
+        ("TrainConfig.follow_rows=False", "follow_rows is off"),
+        ("TrainConfig.rsp_from=-1", "rsp_from is -1"),
         ("BATCH_SIZE=0", "batch_size 0"),
         ("CORPUS=/nowhere", "corpus /nowhere"),
         ("VOCABULARY=/nowhere.model", "/nowhere.model"),
@@ -136,6 +148,48 @@ def test_a_value_that_makes_no_sense_is_one_line(binding, message):
     configuration.train_from_gin()
   assert "\n" not in str(error.value)
   assert not pathlib.Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("LONGEST_BLOCKS=(0, 8)", r"high is \(0, 8\): it must be int or several \(int, int\), as "),
+        ("LONGEST_BLOCKS=8.5", "high is 8.5: it must be int or several"),
+        ("EVAL_BLOCKS=('a',)", r"blocks is \('a',\): it must be several int, as \(a, b\)"),
+        ("EVAL_BLOCKS=(8.5,)", r"blocks is \(8.5,\)"),
+        ("TrainConfig.follow_rows=False", "fam_noise is 0.7, and no row is followed"),
+        ("TrainConfig.eval_every=5", "eval_every is 5, and there is no eval_reader"),
+        ("ModelConfig.vocab_size=40", "56 entries"),
+        ("train.vocabulary=bytes", "train.vocabulary is 'bytes', and the data is made of other to"),
+    ],
+)
+def test_a_passkey_run_that_makes_no_sense_is_one_line(binding, message):
+  with pytest.raises(UserError, match=message) as error:
+    configuration.plan(["gin/runs/quickstart.gin"], ["RUN_DIR=x", binding])
+  assert "\n" not in str(error.value)
+
+
+def test_a_path_may_look_like_a_macro(tmp_path):
+  corpus = tmp_path / "100 %of 'it'"
+  corpus.mkdir()
+  (corpus / "a.txt").write_text("text " * 99)
+  arguments = resolve([RUN], [f"CORPUS={corpus}", "LongText.split=all", "eval/LongText.split=all"])
+  assert arguments["train_reader"].source.files == [corpus / "a.txt"]
+  assert operative_settings()["LongText.directory"] == repr(str(corpus))
+
+
+def test_what_nothing_uses_gets_a_line(tmp_path, capfd):
+  bindings = ["RUN_DIR=" + str(tmp_path / "x"), "evel/LongText.split=all", "PackedReader.seed=3"]
+  configure([RUN], [*bindings, "TrainConfig.seed=4", "CORPUS=/nowhere", "PassKeyEval.examples=3"])
+  with pytest.raises(UserError, match="/nowhere"):
+    configuration.train_from_gin(bindings)
+  configure([RUN], [*bindings, "TrainConfig.seed=4", "TrainConfig.init_checkpoint=/nowhere"])
+  with pytest.raises(UserError, match="/nowhere"):
+    configuration.train_from_gin([*bindings, "TrainConfig.seed=4", "PassKeyEval.examples=3"])
+  assert capfd.readouterr().err == (
+      "famjax: note: --gin.evel/LongText.split: nothing in this run uses it\n"
+      "famjax: note: --gin.PackedReader.seed: nothing in this run uses it\n"
+  )
 
 
 def test_missing_files_and_names(tmp_path, capfd):

@@ -10,7 +10,7 @@ from famjax.data.examples import Source
 from famjax.data.examples import TaskExamples
 from famjax.data.long_text import LongText
 from famjax.data.passkey import Lengths
-from famjax.data.passkey import passkey_example
+from famjax.data.passkey import PassKeyFormat
 from famjax.data.passkey import PassKeyExamples
 from famjax.data.prefetch import prefetch
 from famjax.data.readers import ExampleReader
@@ -32,6 +32,7 @@ __all__ = [
     "PackedReader",
     "PairExamples",
     "PassKeyExamples",
+    "PassKeyFormat",
     "Reader",
     "Source",
     "TaskExamples",
@@ -39,6 +40,5 @@ __all__ = [
     "WordVocabulary",
     "as_seqio",
     "load_vocabulary",
-    "passkey_example",
     "prefetch",
 ]

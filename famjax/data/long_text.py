@@ -6,6 +6,7 @@ long, and no download.
 
 import collections
 import fnmatch
+import hashlib
 import os
 import pathlib
 import sysconfig
@@ -80,6 +81,8 @@ class LongText:
   Attributes:
     vocabulary: encodes a file when it is read.
     files: of the corpus.
+    fingerprint: their number, and a hash of their order, names and sizes: what a position in the
+      data counts on.
   """
 
   def __init__(
@@ -109,6 +112,7 @@ class LongText:
       raise UserError(f"excerpt_tokens {excerpt_tokens}: use at least 2, or none for whole files")
     self.vocabulary = vocabulary
     self.files = find_files(directory, patterns, split)
+    self.fingerprint = _fingerprint(self.files)
     self._excerpt = excerpt_tokens
     self._shuffle = shuffle
     self._capacity = cache_tokens
@@ -135,3 +139,9 @@ class LongText:
         cache.popitem(last=False)
     cache[number] = tokens
     return tokens
+
+
+def _fingerprint(files: Sequence[pathlib.Path]) -> str:
+  root = os.path.commonpath([path.parent for path in files])
+  listing = [(os.path.relpath(path, root), path.stat().st_size) for path in files]
+  return f"{len(files)} files, {hashlib.sha256(repr(listing).encode()).hexdigest()[:8]}"

@@ -120,24 +120,6 @@ def _places(
   return places
 
 
-def passkey_example(
-    rng: np.random.Generator,
-    vocabulary: Vocabulary,
-    filler_tokens: int | None = None,
-    *,
-    total_tokens: int | None = None,
-    key_digits: int = 5,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns one PassKey document, tokens int32[n] and weights float32[n]: `PassKeyFormat.write`.
-
-  The answer's digits are `tokens[weights > 0]`. A model reads `tokens[:-1]` and predicts
-  `tokens[1:]`.
-  """
-  return PassKeyFormat(vocabulary, key_digits).write(
-      rng, filler_tokens, total_tokens=total_tokens
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Lengths:
   """How long generated documents are: a draw of a whole number of units.
@@ -157,6 +139,8 @@ class Lengths:
 
   def __post_init__(self):
     stages = self._stages()
+    if not all(len(s) == 2 and all(isinstance(n, int) for n in s) for s in stages):
+      raise UserError(f"lengths: high {self.high}: use a number, or ((0, 8), (400, 16)), say")
     if self.distribution not in ("uniform", "log_uniform"):
       raise UserError(f"lengths: distribution {self.distribution!r}: use uniform or log_uniform")
     if self.unit < 1 or self.low < (1 if self.distribution == "log_uniform" else 0):
@@ -170,15 +154,18 @@ class Lengths:
       raise UserError(f"lengths: high {self.high} is below low {self.low}")
 
   def _stages(self) -> tuple[tuple[int, int], ...]:
-    return ((0, self.high),) if isinstance(self.high, int) else tuple(map(tuple, self.high))
+    if not isinstance(self.high, (tuple, list)):
+      return ((0, self.high),)
+    return tuple(tuple(s) if isinstance(s, (tuple, list)) else (s,) for s in self.high)
 
   def shortest(self) -> int:
     """Returns the smallest length that is ever drawn, in tokens."""
     return self.low * self.unit
 
-  def longest(self) -> int:
-    """Returns the largest length that is ever drawn, in tokens."""
-    return max(high for _, high in self._stages()) * self.unit
+  def longest(self, step: int | None = None) -> int:
+    """Returns the largest length that is drawn up to a training step, in tokens; None: ever."""
+    highs = [high for start, high in self._stages() if step is None or start <= max(step, 0)]
+    return max(highs) * self.unit
 
   def draw(self, rng: np.random.Generator, step: int) -> int:
     """Returns the length, in tokens, of a document that begins at a training step."""
@@ -240,7 +227,12 @@ class PassKeyExamples:
         question_probability=question_probability, question_every=question_every
     )
     shortest, _ = self._write(generator(0, 0), lengths.shortest())
-    self.longest = len(shortest) - 1 + lengths.longest() - lengths.shortest()
+    self._parts = len(shortest) - 1 - lengths.shortest()  # what the draw does not count
+    self.longest = self.longest_by(None)
+
+  def longest_by(self, step: int | None) -> int:
+    """Returns tokens that a model has read of the longest document up to a step; None: ever."""
+    return self._parts + self.lengths.longest(step)
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`."""

@@ -17,9 +17,9 @@ from famjax.data.readers import Reader
 from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 from famjax.evaluation import report
-from famjax.inference.model import Model, load
+from famjax.inference.model import Model, assemble
 from famjax.model.state import empty_state
-from famjax.training.checkpoint import list_steps
+from famjax.training.checkpoint import load_params
 
 _SEED = 1 << 40  # far from the seeds of training data, so that no evaluation key was trained on
 
@@ -44,7 +44,8 @@ class PassKeyEval:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    if not isinstance(self.blocks, (tuple, list)) or not self.blocks or min(self.blocks) < 1:
+    many = isinstance(self.blocks, (tuple, list)) and self.blocks
+    if not many or not all(isinstance(n, int) and n > 0 for n in self.blocks):
       raise UserError(
           f"PassKeyEval.blocks is {self.blocks}: give lengths of at least one block, as (8, 16)"
       )
@@ -139,12 +140,14 @@ def evaluate_run(
     What is in the file: that of `evaluate`, `parameters`, `steps` of training, and in blocks the
     longest document trained on and what back-propagation went through.
   """
-  model = load(os.fspath(run_dir))
+  loaded = load_params(run_dir)
+  model = assemble(loaded)
   N = model.config.memory.block_size
-  longest = getattr(reader.source, "longest", 0) or reader.length
+  by_step = getattr(reader.source, "longest_by", lambda step: reader.length)
+  longest = by_step(loaded.step - 1)
   result = {
       "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
-      "steps": max(list_steps(pathlib.Path(run_dir) / "checkpoints")),
+      "steps": loaded.step,
       "longest_trained_blocks": -(-longest // N),
       "backpropagated_blocks": reader.length // N,
       **evaluate(model, config),

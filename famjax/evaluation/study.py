@@ -14,13 +14,14 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from typing import NamedTuple
 
-from famjax.errors import UserError
+from famjax.errors import TerminatedError, UserError
 from famjax.evaluation import report
 
 
@@ -49,10 +50,12 @@ class Study:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    if not self.models or not self.seeds:
-      raise UserError("Study.models and Study.seeds must name at least one model and one seed")
     if not isinstance(self.seeds, (tuple, list)):
       raise UserError(f"Study.seeds is {self.seeds!r}: give seeds, as (0,) or (0, 1, 2)")
+    if not self.models or not self.seeds:
+      raise UserError("Study.models and Study.seeds must name at least one model and one seed")
+    if len(set(self.seeds)) < len(self.seeds):
+      raise UserError(f"Study.seeds {self.seeds}: each seed is one run; name each once")
     places = [_directory_name(name, 0) for name in self.models]
     if shared := next((name for name, p in zip(self.models, places) if places.count(p) > 1), None):
       raise UserError(f"Study.models: {shared!r} has the directory of another model; rename it")
@@ -134,6 +137,7 @@ def run(
   Raises:
     UserError: a run cannot be started as it is described, or its directory belongs to another
       configuration: nothing was started then. Or a run failed; the line says where its log is.
+    TerminatedError: SIGTERM has ended it, and the runs under way have saved what they have.
   """
   study.validate()
   root = pathlib.Path(study.run_dir)
@@ -154,16 +158,21 @@ def run(
     with lock:
       worker = idle.pop()
     try:
-      return _run_job(job, plans[job], shares[worker], started)
+      return _run_job(job, plans[job], shares[worker], started, children)
     finally:
       with lock:
         idle.append(worker)
 
-  with concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
+  with _Children() as children, concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
     failures = [f for f in pool.map(work, jobs) if f]
+  if children.terminated:
+    raise TerminatedError(
+        f"SIGTERM: the runs of {root} have saved what they have; the same command goes on from there"
+    )
   results = [job.result() for job in jobs if job.finished(plans[job])]
   if results:
-    _write(study, root, results, [*gin_files, *bindings], time.time() - started)
+    command = [*(f"--gin_file={f}" for f in gin_files), *(f"--gin.{b}" for b in bindings)]
+    _write(study, root, results, command, time.time() - started)
   if failures:
     raise UserError("; ".join(failures))
   return results
@@ -188,7 +197,50 @@ def _directory_name(name: str, seed: int) -> str:
   return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}-{seed}"
 
 
-def _run_job(job: _Job, plan: Plan, cores: Sequence[int], started: float) -> str | None:
+class _Children:
+  """The processes of the runs under way; SIGTERM is passed on to them.
+
+  Attributes:
+    terminated: SIGTERM has come, and no more processes are started.
+  """
+
+  def __init__(self):
+    self.terminated = False
+    self._processes: list[subprocess.Popen] = []
+    self._lock = threading.Lock()
+
+  def __enter__(self):
+    self._before = None
+    if threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._terminate)
+    return self
+
+  def __exit__(self, *_):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def start(self, arguments: Sequence[str]) -> subprocess.Popen | None:
+    """Starts a process with a pipe; None once SIGTERM has come."""
+    with self._lock:
+      if self.terminated:
+        return None
+      process = subprocess.Popen(
+          arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+          env={**os.environ, "PYTHONUNBUFFERED": "1"},
+      )  # fmt: skip
+      self._processes.append(process)
+      return process
+
+  def _terminate(self, signum, frame):
+    del signum, frame
+    self.terminated = True  # without the lock, which this very thread may hold
+    for process in self._processes:
+      process.terminate()
+
+
+def _run_job(
+    job: _Job, plan: Plan, cores: Sequence[int], started: float, children: _Children
+) -> str | None:
   """Trains and evaluates; returns what went wrong, if anything did."""
   say = lambda text: print(f"[{time.time() - started:5.0f} s] {job.label}: {text}", flush=True)
   if job.finished(plan):
@@ -198,12 +250,11 @@ def _run_job(job: _Job, plan: Plan, cores: Sequence[int], started: float) -> str
     began = time.time()
     arguments = [sys.executable, "-m", "famjax.cli", command]
     arguments += [f"--gin_file={f}" for f in job.gin_files] + [f"--gin.{v}" for v in job.bindings]
+    process = children.start(arguments)
+    if process is None:
+      return None
     say({"train": "training", "eval": "evaluating"}[command])
     with job.log.open("a") as log:
-      process = subprocess.Popen(
-          arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-          env={**os.environ, "PYTHONUNBUFFERED": "1"},
-      )  # fmt: skip
       _pin(process.pid, cores)
       last = ""
       for line in process.stdout:
@@ -219,7 +270,13 @@ def _run_job(job: _Job, plan: Plan, cores: Sequence[int], started: float) -> str
     if status:
       say(f"failed: {last}")
       return f"{job.label} failed ({last}); its log is {job.log}"
-  accuracy = json.loads((job.directory / report.PASSKEY).read_text())["accuracy"]
+  if not job.finished(plan):
+    steps = job.result().get("steps")
+    return (
+        f"{job.label} has {steps} steps of training, and {plan.steps} were asked for: name another"
+        f" directory than {job.directory}"
+    )
+  accuracy = job.result()["accuracy"]
   say("  ".join(f"{n} blocks {a:.2f}" for n, a in accuracy.items()))
   return None
 

@@ -21,7 +21,7 @@ from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
-from famjax.training.checkpoint import adopt, load_params
+from famjax.training.checkpoint import Loaded, adopt, load_params, new_fam
 from famjax.training.train_state import split
 
 _PREFILL_BLOCKS = 8  # blocks read in one call; one shape is compiled for all full calls
@@ -211,7 +211,14 @@ def load(
   Raises:
     UserError: no checkpoint there, or a prompt of another shape.
   """
-  params, config, vocabulary = load_params(path)
+  return assemble(load_params(path), memory, fam_prompt=fam_prompt)
+
+
+def assemble(
+    loaded: Loaded, memory: MemoryConfig | None = None, *, fam_prompt: jax.Array | None = None
+) -> Model:
+  """Makes a model of what was loaded; args and errors are those of `load`."""
+  params, config = loaded.params, loaded.model
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
   graphdef, fresh = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
@@ -219,9 +226,11 @@ def load(
     params = params | {"fam_prompt": jnp.asarray(fam_prompt)}
     if "fam_prompt" not in fresh:
       raise UserError("a fam_prompt was given, and this memory has no such weight: leave it out")
-  for name in ("fam_prompt", "fam_prefix"):
-    if name in params and name in fresh and params[name].shape != fresh[name].shape:
+  for name in new_fam(fresh, params):
+    if name in params:  # a trained one is not thrown away without a word
       raise UserError(
-          f"{name} has shape {params[name].shape}; this memory takes {fresh[name].shape}"
+          f"{name} has shape {params[name].shape}, and this memory takes {fresh[name].shape}: choose"
+          " its fam_length, or give a fam_prompt that fits"
       )
-  return Model(nnx.merge(graphdef, adopt(fresh, params, seed=0)), load_vocabulary(vocabulary))
+  decoder = nnx.merge(graphdef, adopt(fresh, params, seed=0))
+  return Model(decoder, load_vocabulary(loaded.vocabulary))

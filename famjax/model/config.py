@@ -5,6 +5,7 @@ width, `H` query heads, `K` key/value heads, `d` head width, `V` vocabulary.
 """
 
 import dataclasses
+import math
 
 from famjax.errors import UserError
 
@@ -60,6 +61,13 @@ class MemoryConfig:
       )
     if self.window is not None:
       _at_least("window", self.window, 1)
+      held = self.memory_segments * self.block_size + 1
+      if self.window > held:
+        raise UserError(
+            f"window {self.window} is wider than the {held} tokens that {self.memory_segments}"
+            f" segments of {self.block_size} hold for every query: lower it or raise"
+            " memory_segments"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +125,14 @@ class ModelConfig:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "kv_heads", "hidden_width"):
+    for name in (
+        "vocab_size", "num_layers", "model_dim", "num_heads", "kv_heads", "head_width",
+        "hidden_width",
+    ):  # fmt: skip
       _at_least(name, getattr(self, name), 1)
+    for name in ("rope_theta", "norm_eps"):
+      if not 0 < getattr(self, name) < math.inf:
+        raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
     if self.num_heads % self.kv_heads:
       raise UserError(
           f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}:"

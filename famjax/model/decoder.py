@@ -207,7 +207,7 @@ class Decoder(nnx.Module):
 
     Args:
       tokens: int32 `[B, S]`, S of any length.
-      state: of B rows. None: every row starts here.
+      state: of B rows. None: every row starts here, whatever `start_of_sequence` says.
       start_of_sequence: bool `[B]`, rows that start here: nothing before counts, and their FAM is
         the initial one, made from the weights in this call, with gradient. None: no row does.
       lengths: int32 `[B]`, how many of the S tokens are real in each row, the rest being padding
@@ -229,7 +229,8 @@ class Decoder(nnx.Module):
     if self.config.tie_embeddings:
       kernel = self.embedder.embedding[...].astype(x.dtype)
       return jnp.einsum("...D,VD->...V", x, kernel, preferred_element_type=jnp.float32)
-    return self.head(x).astype(jnp.float32)
+    kernel = self.head.kernel[...].astype(x.dtype)
+    return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
 
   def hidden(
       self,

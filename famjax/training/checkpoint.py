@@ -14,6 +14,7 @@ step is taken instead.
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ class Checkpoints:
   ) -> Restored | None:
     """Reads the newest step that is whole.
 
-    Newer steps, which are not whole, are set aside as `<step>.unreadable`.
+    Newer steps, which are not whole, are set aside as `<step>.unreadable`, `<step>.unreadable-2`.
 
     Args:
       template: a state of the structure, shapes and dtypes that are expected.
@@ -150,7 +151,7 @@ class Checkpoints:
         skipped[path] = f"checkpoint {path} is not whole ({_reason(error)})"
         continue
       for broken in skipped:
-        broken.rename(broken.with_name(broken.name + ".unreadable"))
+        broken.rename(_free_name(broken))
       self._newest = step
       state = _with_empty(template, loaded["training"].replace(params=loaded["params"]))
       return Restored(state, loaded["reader"]["position"], list(skipped.values()))
@@ -178,36 +179,57 @@ def read_about(path: pathlib.Path) -> About:
   if not data:
     raise ValueError("its metadata cannot be read")
   model = dict(data["model"])
-  memory = MemoryConfig(**model.pop("memory"))
-  return About(ModelConfig(memory=memory, **model), data["vocabulary"])
+  memory = model.pop("memory")
+  for saved, known in ((model, ModelConfig), (memory, MemoryConfig)):
+    unknown = set(saved) - {field.name for field in dataclasses.fields(known)}
+    if unknown:
+      raise UserError(
+          f"checkpoint {path} was written by another version of famjax: it has the option"
+          f" {sorted(unknown)[0]}, which this one does not know; use that version"
+      )
+  return About(ModelConfig(memory=MemoryConfig(**memory), **model), data["vocabulary"])
 
 
-def load_params(path: str | pathlib.Path) -> tuple[Params, ModelConfig, str]:
+class Loaded(NamedTuple):
+  """What `load_params` read.
+
+  Attributes:
+    params: a nested dict for `nnx.merge`.
+    model: the configuration of their model.
+    vocabulary: its name.
+    step: of the checkpoint.
+  """
+
+  params: Params
+  model: ModelConfig
+  vocabulary: str
+  step: int
+
+
+def load_params(path: str | pathlib.Path) -> Loaded:
   """Reads the parameters of a checkpoint, for inference or for another run to start from.
 
   Args:
     path: a run's directory, its `checkpoints` directory (the newest whole step is taken), or one
       step's directory.
 
-  Returns:
-    The parameters, a nested dict for `nnx.merge`; the configuration of their model; and the name
-    of its vocabulary.
-
   Raises:
-    UserError: there is no whole checkpoint.
+    UserError: there is no whole checkpoint, or another version of famjax wrote it.
   """
   path = pathlib.Path(path).absolute()
-  if path.name.isdigit() and not list_steps(path):
+  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  steps = list_steps(directory)[::-1]
+  if not steps and path.name.isdigit():
     directory, steps = path.parent, [int(path.name)]
-  else:
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = list_steps(directory)[::-1]
   reasons = []
   for step in steps:
     try:
       about = read_about(directory / str(step))
       abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
-      return _load(directory / str(step), {"params": abstract})["params"], *about
+      params = _load(directory / str(step), {"params": abstract})["params"]
+      return Loaded(params, about.model, about.vocabulary, step)
+    except UserError:
+      raise
     except Exception as error:  # pylint: disable=broad-exception-caught
       reasons.append(f"step {step} is not whole ({_reason(error)})")
   why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
@@ -217,8 +239,8 @@ def load_params(path: str | pathlib.Path) -> tuple[Params, ModelConfig, str]:
 def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
   """Fresh parameters with the loaded ones of the same model in their places.
 
-  A FAM that the checkpoint lacks, or has with another shape, starts as in the paper (SPEC 2, B.1):
-  from the embeddings, here the loaded ones, of tokens drawn at random.
+  A FAM that the checkpoint lacks, or has with another shape (`new_fam`), starts as in the paper
+  (SPEC 2, B.1): from the embeddings, here the loaded ones, of tokens drawn at random.
 
   Args:
     fresh: of the new model.
@@ -228,13 +250,22 @@ def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
   embedding = loaded["embedder"]["embedding"]
   adopted = {name: value for name, value in loaded.items() if name not in _FAM}
   for name in _FAM:
-    if name in fresh:
-      adopted[name] = loaded.get(name)
-      if adopted[name] is None or adopted[name].shape != fresh[name].shape:
-        places = fresh[name].shape[:-1]
-        drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
-        adopted[name] = embedding[drawn].astype(fresh[name].dtype)
-  return adopted
+    if name in fresh and name not in new_fam(fresh, loaded):
+      adopted[name] = loaded[name]
+    elif name in fresh:
+      places = fresh[name].shape[:-1]
+      drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
+      adopted[name] = embedding[drawn]
+  return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
+
+
+def new_fam(fresh: Params, loaded: Params) -> list[str]:
+  """Names of a model's FAM weights that loaded parameters lack, or have with another shape."""
+  return [
+      name
+      for name in _FAM
+      if name in fresh and (name not in loaded or loaded[name].shape != fresh[name].shape)
+  ]
 
 
 def check_model(path, saved: ModelConfig, wanted: ModelConfig, ignore: tuple[str, ...]) -> None:
@@ -255,6 +286,13 @@ def check_vocabulary(path, saved: str, wanted: str) -> None:
         f"checkpoint {path} was trained with the vocabulary {saved!r}, not {wanted!r}: its tokens"
         f" mean other text; use {saved!r} or another checkpoint"
     )
+
+
+def _free_name(broken: pathlib.Path) -> pathlib.Path:
+  """Where a step that is not whole goes."""
+  names = itertools.chain([".unreadable"], (f".unreadable-{n}" for n in itertools.count(2)))
+  paths = (broken.with_name(broken.name + name) for name in names)
+  return next(path for path in paths if not path.exists())
 
 
 def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class TrainConfig:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
     if self.fam_noise < 0:
       raise UserError(f"fam_noise is {self.fam_noise}; it must not be negative")
+    if self.fam_noise and not self.follow_rows:
+      raise UserError(
+          f"fam_noise is {self.fam_noise}, and no row is followed from step to step, so that it would"
+          " do nothing: set follow_rows, or leave it out"
+      )
     if not 0 <= self.rsp_probability <= 1:
       raise UserError(f"rsp_probability is {self.rsp_probability}; it must be in [0, 1]")
 

@@ -15,17 +15,17 @@ from flax import nnx
 import jax
 import numpy as np
 
-from famjax.data import Reader, prefetch
+from famjax.data import FollowingReader, Reader, prefetch
 from famjax.errors import DivergedError, UserError
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training import parameters, run_directory
 from famjax.training.checkpoint import About, Checkpoints, adopt, check_model, check_vocabulary
-from famjax.training.checkpoint import load_params
+from famjax.training.checkpoint import load_params, new_fam
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
-from famjax.training.metrics import Clock, MetricsWriter, Progress, speed
+from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
 from famjax.training.train_state import TrainState, init_train_state, split
@@ -110,12 +110,17 @@ def train(
     state, position = restored.state, restored.position
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
-    loaded, theirs, name = load_params(config.init_checkpoint)
-    check_model(config.init_checkpoint, theirs, model, _MAY_DIFFER)
-    check_vocabulary(config.init_checkpoint, name, vocabulary)
-    state = begin(adopt(jax.eval_shape(fresh_params), loaded, config.seed))
+    loaded = load_params(config.init_checkpoint)
+    check_model(config.init_checkpoint, loaded.model, model, _MAY_DIFFER)
+    check_vocabulary(config.init_checkpoint, loaded.vocabulary, vocabulary)
+    wanted = jax.eval_shape(fresh_params)
+    state = begin(adopt(wanted, loaded.params, config.seed))
     position = train_reader.start()
-    notes = [f"starting from the parameters of {config.init_checkpoint}"]
+    notes = [f"starting from the parameters of {config.init_checkpoint}, step {loaded.step}"]
+    notes += [
+        f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
+        for name in new_fam(wanted, loaded.params)
+    ]
   else:
     state, position = fresh(), train_reader.start()
     notes = [f"starting from random parameters, seed {config.seed}"]
@@ -140,8 +145,11 @@ def train(
 
   def evaluate(step: int) -> None:
     values = run_evaluation(eval_step, state.params, eval_reader, model, config)
-    report("eval", step, values)
-    progress.say(f"step {step}  eval loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}")
+    if step > first_step:
+      report("eval", step, values)
+    last["eval"] = values
+    shown = (f"{name} {number(values[name])}" for name in ("loss", "accuracy"))
+    progress.say(f"step {step}  eval {'  '.join(shown)}")
 
   with contextlib.ExitStack() as stack:
     stack.callback(progress.close)
@@ -221,7 +229,9 @@ def check(
     part.validate()
   config.check_batch_size(train_reader.batch_size)
   for reader in filter(None, (train_reader, eval_reader)):
-    _check_reader(reader, model)
+    _check_reader(reader, model, config)
+  if config.eval_every and eval_reader is None:
+    raise UserError(f"eval_every is {config.eval_every}, and there is no eval_reader: set both")
   description = run_directory.describe(
       model, optimizer, config, train_reader, vocabulary, settings()
   )
@@ -232,7 +242,10 @@ def check(
 def run_evaluation(
     eval_step, params, reader: Reader, model: ModelConfig, config: TrainConfig
 ) -> dict[str, float]:
-  """Loss, accuracy and perplexity over the first `eval_batches` batches of a reader."""
+  """Loss, accuracy and perplexity over the first `eval_batches` batches of a reader.
+
+  Without a token that has a loss weight they are None.
+  """
   carry = empty_state(model, reader.batch_size) if config.follow_rows else None
   total = None
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
@@ -240,23 +253,32 @@ def run_evaluation(
       sums, carry = eval_step(params, carry, batch)
       total = sums if total is None else jax.tree.map(operator.add, total, sums)
   loss, weight, correct = map(float, jax.device_get(total))
-  weight = weight or 1.0
-  mean = loss / weight
+  mean = loss / weight if weight else None
   return {
       "loss": mean,
-      "accuracy": correct / weight,
-      "perplexity": math.exp(min(mean, 700.0)),
+      "accuracy": correct / weight if weight else None,
+      "perplexity": math.exp(min(mean, 700.0)) if weight else None,
       "weight": weight,
   }
 
 
-def _check_reader(reader: Reader, model: ModelConfig) -> None:
+def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> None:
   """Raises UserError if a reader's batches do not fit the model."""
   block_size, size = model.memory.block_size, reader.vocabulary.vocab_size
   if reader.length % block_size:
     raise UserError(
         f"the length of a batch, {reader.length} tokens, is not a multiple of block_size"
         f" {block_size}: change one of them"
+    )
+  if tuple(reader.rows) != (0, reader.batch_size):
+    raise UserError(
+        f"a reader gives rows {reader.rows} of {reader.batch_size}: one process reads them all;"
+        " leave rows out"
+    )
+  if isinstance(reader, FollowingReader) and not config.follow_rows:
+    raise UserError(
+        "FollowingReader goes on in a document from step to step, and follow_rows is off: the model"
+        " would start anew in the middle of it; set TrainConfig.follow_rows"
     )
   if size > model.vocab_size:
     raise UserError(
@@ -272,18 +294,23 @@ def _look_at(waiting: list, last_step: int, run_dir: pathlib.Path) -> list:
     for name in ("loss", "grad_norm"):
       if not np.isfinite(metrics[name]):
         raise DivergedError(
-            f"{name} is {metrics[name]} at step {step}: the run has stopped; checkpoints in"
-            f" {run_dir / 'checkpoints'} are from before it. Lower the learning rate, or clip"
+            f"{name} is {metrics[name]} at step {step}: the run has stopped; whatever is in"
+            f" {run_dir / 'checkpoints'} is from before it. Lower the learning rate, or clip"
         )
   return waiting
 
 
-def _average(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
-  """Means over steps; losses and accuracies by weight. `learning_rate` is the last one."""
+def _average(metrics: list[dict[str, np.ndarray]]) -> dict[str, float | None]:
+  """Means over steps; losses and accuracies by weight. `learning_rate` is the last one.
+
+  Steps whose tokens have no loss weight at all have no loss: None.
+  """
   weights = np.array([m["weight"] for m in metrics], np.float64)
-  by_weight = lambda name: float(
-      sum(m[name] * w for m, w in zip(metrics, weights)) / (weights.sum() or 1.0)
-  )
+
+  def by_weight(name):
+    total = weights.sum()
+    return float(sum(m[name] * w for m, w in zip(metrics, weights)) / total) if total else None
+
   return {
       "loss": by_weight("loss"),
       "accuracy": by_weight("accuracy"),

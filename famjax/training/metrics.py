@@ -16,7 +16,7 @@ class MetricsWriter:
 
   A line of the file is `{"step": 100, "split": "train", "loss": 1.5, ...}`; `step` counts finished
   steps, and a value that is not a finite number is null. Lines beyond the step that a run resumes
-  from are taken out first, so that the file reads as if the run had never stopped.
+  from are taken out first, so that no step stands in it twice.
 
   Attributes:
     note: why there are no event files although they were asked for; else None.
@@ -131,6 +131,11 @@ def speed(
   }
 
 
+def number(value: float | None) -> str:
+  """A metric as people read it."""
+  return "-" if value is None else f"{value:.4f}"
+
+
 class Progress:
   """A progress bar on a terminal, plain lines elsewhere."""
 
@@ -151,7 +156,7 @@ class Progress:
 
   def advance(self, step: int, values: dict[str, float | None]) -> None:
     """Shows training metrics after `step` steps."""
-    shown = [f"loss {values['loss']:.4f}", f"accuracy {values['accuracy']:.4f}"]
+    shown = [f"{name} {number(values[name])}" for name in ("loss", "accuracy")]
     if "tokens_per_second" in values:
       shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if values.get("mfu") is not None:

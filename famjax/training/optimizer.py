@@ -115,7 +115,8 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
 
   Adafactor here is scale_by_factored_rms with Adam's bias correction in place of the power law
   (a constant b2, as in the paper), updates clipped to a root mean square of 1 per parameter,
-  momentum, and the parameter's own scale.
+  momentum, and the parameter's own scale. A parameter of all layers is one array `[L, ...]` here, so
+  that the clipping and the scale take the root mean square over all layers.
 
   Args:
     config: validated.

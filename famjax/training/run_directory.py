@@ -31,7 +31,7 @@ def describe(
     model: `ModelConfig`.
     optimizer: `OptimizerConfig`.
     config: `TrainConfig`.
-    reader: of the training data; its class, shape and seed are taken.
+    reader: of the training data; its class, shape and seed are taken, and what files it reads.
     vocabulary: its name.
     settings: everything that was configured by gin, by name, as text; may be empty.
   """
@@ -48,6 +48,7 @@ def describe(
           "batch_size": reader.batch_size,
           "length": reader.length,
           "seed": getattr(reader, "seed", 0),
+          "corpus": getattr(getattr(reader, "source", None), "fingerprint", None),
       },
       "gin": settings,
   }

@@ -7,7 +7,6 @@ import pytest
 
 from famjax.data import passkey
 from famjax.data.passkey import Lengths
-from famjax.data.passkey import passkey_example
 from famjax.data.passkey import PassKeyExamples
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.vocabularies import load_vocabulary
@@ -33,7 +32,7 @@ def test_the_text_is_the_papers(name, tmp_path):
   name = sentencepiece_model(tmp_path) if name == "sentencepiece" else name
   vocabulary = load_vocabulary(name)
   sentence = len(vocabulary.encode(" " + FILLER))
-  tokens, weights = passkey_example(np.random.default_rng(3), vocabulary, 2 * sentence)
+  tokens, weights = PassKeyFormat(vocabulary).write(np.random.default_rng(3), 2 * sentence)
   key = vocabulary.decode(tokens[weights > 0].tolist())
   assert len(key) == 5 and key.isdigit()
   assert vocabulary.decode(tokens.tolist()) == the_paper(key, f"{FILLER} {FILLER}")
@@ -45,18 +44,18 @@ def test_the_text_is_the_papers(name, tmp_path):
 def test_lengths_and_weights(name, filler, digits, seed):
   vocabulary = load_vocabulary(name)
   rngs = [np.random.default_rng(seed) for _ in range(3)]
-  shortest, _ = passkey_example(rngs[0], vocabulary, 0, key_digits=digits)
-  tokens, weights = passkey_example(rngs[1], vocabulary, filler, key_digits=digits)
+  shortest, _ = PassKeyFormat(vocabulary, digits).write(rngs[0], 0)
+  tokens, weights = PassKeyFormat(vocabulary, digits).write(rngs[1], filler)
   assert len(tokens) == len(weights) == len(shortest) + filler
   assert weights.sum() == digits and np.all(weights[-digits:] == 1)
-  same, _ = passkey_example(rngs[2], vocabulary, total_tokens=len(tokens), key_digits=digits)
+  same, _ = PassKeyFormat(vocabulary, digits).write(rngs[2], total_tokens=len(tokens))
   np.testing.assert_array_equal(tokens, same)
 
 
 def test_keys_are_uniform_with_leading_zeros():
   vocabulary = load_vocabulary("passkey_words")
   rng = np.random.default_rng(0)
-  keys = [passkey_example(rng, vocabulary, 0, key_digits=2)[0][-2:] for _ in range(2000)]
+  keys = [PassKeyFormat(vocabulary, 2).write(rng, 0)[0][-2:] for _ in range(2000)]
   first = [vocabulary.decode([int(key[0])]) for key in keys]
   assert sorted(set(first)) == list("0123456789")
   assert all(140 <= first.count(digit) <= 260 for digit in "0123456789")
@@ -121,6 +120,7 @@ def test_a_curriculum_raises_the_longest():
   longest = lambda step: max(lengths.draw(rng, step) for _ in range(200))
   assert [longest(step) for step in (0, 99, 100, 199, 200, 10**6)] == [10, 10, 20, 20, 80, 80]
   assert lengths.longest() == 80
+  assert [lengths.longest(step) for step in (-1, 0, 99, 100, 10**6)] == [10, 10, 10, 20, 80]
 
 
 @pytest.mark.parametrize("measure", ["document", "filler"])
@@ -143,8 +143,8 @@ def test_the_source_is_pure_and_measures_what_it_says(measure):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda v: passkey_example(np.random.default_rng(0), v, total_tokens=66), "66 .*67"),
-        (lambda v: passkey_example(np.random.default_rng(0), v), "filler_tokens or total_tokens"),
+        (lambda v: PassKeyFormat(v).write(np.random.default_rng(0), total_tokens=66), "66 .*67"),
+        (lambda v: PassKeyFormat(v).write(np.random.default_rng(0)), "filler_tokens or total_tokens"),
         (lambda v: PassKeyExamples(v, Lengths(1, 9, unit=16)), "too short"),
         (lambda v: PassKeyExamples(v, Lengths(99, 99), measure="blocks"), "measure 'blocks'"),
         (lambda v: PassKeyExamples(v, Lengths(99, 99), question_probability=0.5), "question_every"),

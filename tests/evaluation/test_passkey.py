@@ -133,7 +133,8 @@ def test_questions_that_make_no_sense(change, message):
 
 def test_a_run_gets_a_file_of_what_its_newest_checkpoint_knows(tmp_path):
   params = tiny.save(tmp_path / "run", CONFIG, "passkey_words")
-  reader = types.SimpleNamespace(length=64, source=types.SimpleNamespace(longest=130))
+  by_step = {0: 130}.get  # the checkpoint is of step 1, and documents were drawn up to step 0
+  reader = types.SimpleNamespace(length=64, source=types.SimpleNamespace(longest_by=by_step))
   result = passkey.evaluate_run(tmp_path / "run", ASK, reader)
   assert json.loads((tmp_path / "run" / "passkey.json").read_text()) == result
   assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "passkey.json"]

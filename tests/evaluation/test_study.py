@@ -6,13 +6,16 @@ would; one test, marked slow, trains.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from famjax import cli
-from famjax.errors import UserError
+from famjax.errors import TerminatedError, UserError
 from famjax.evaluation import study
 from famjax.evaluation.study import Study
 
@@ -29,11 +32,17 @@ run.mkdir(parents=True, exist_ok=True)
 with open(run / "calls", "a") as calls:
   print(command, *sys.argv[4:], file=calls)
 print("step 1  of " + command)
+if "WAIT" in values:  # as training does, SIGTERM is taken note of, and ends the run in good order
+  import signal, time
+  done = []
+  signal.signal(signal.SIGTERM, lambda *_: done.append(print("saved") or sys.exit(143)))
+  print("waiting", flush=True)
+  time.sleep(60)
 if values.get("FAIL") == command:
   sys.exit("famjax: error: it was told to fail")
 if command == "eval":
   result = dict(parameters=10, longest_trained_blocks=8, accuracy={{"8": float(values["SCORE"])}})
-  result |= dict(steps=int(values.get("STEPS", 1)), asked=dict(blocks=[int(values.get("ASK", 8))]))
+  result |= dict(steps=int(values.get("HAS", values.get("STEPS", 1))), asked=dict(blocks=[int(values.get("ASK", 8))]))
   (run / "passkey.json").write_text(json.dumps(result))
 """
 
@@ -76,7 +85,7 @@ def test_every_model_and_seed_is_trained_and_asked_and_reported(tmp_path, capfd)
   assert calls(root, "bswa-m1-4") == [f"train {arguments}", f"eval {arguments}"]
   written = json.loads((root / "report.json").read_text())
   assert written["results"] == results and written["title"] == "What it is"
-  assert written["command"] == ["famjax", "study", "base.gin", "TWO=3"]
+  assert written["command"] == ["famjax", "study", "--gin_file=base.gin", "--gin.TWO=3"]
   assert written["seconds"] > 0 and written["machine"]["cpu_cores"] and written["sample"] is None
   assert all(r["train_seconds"] >= 0 for r in results)
   table = (root / "passkey.md").read_text()
@@ -132,6 +141,37 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(tmp_path, command
   assert fam["train_seconds"] >= 100 and len(calls(root, "bswa-0")) == 2
 
 
+def test_fewer_steps_than_were_trained_are_no_result(tmp_path):
+  root = tmp_path / "study"
+  run(root, {"FAM": ["SCORE=1", "STEPS=3"]})
+  report = (root / "report.json").read_text()
+  models = {"FAM": ["SCORE=1", "HAS=3", "STEPS=2"]}
+  with pytest.raises(UserError, match="FAM, seed 0 has 3 steps of training, and 2 were asked for"):
+    run(root, models)
+  assert (root / "report.json").read_text() == report
+
+
+def test_sigterm_is_passed_on_and_nothing_more_is_started(tmp_path, capfd):
+  root = tmp_path / "study"
+  log = root / "fam-0.log"
+
+  def stop():
+    while not (log.exists() and "waiting" in log.read_text()):
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  threading.Thread(target=stop).start()
+  with pytest.raises(TerminatedError, match="the same command goes on from there"):
+    run(root, {"FAM": ["SCORE=1", "WAIT=1"], "BSWA": ["SCORE=1"]})
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert log.read_text().endswith("saved\n") and (root / "fam-0.seconds").exists()
+  assert not (root / "bswa-0").exists() and not (root / "report.json").exists()
+  assert "BSWA" not in capfd.readouterr().out
+  fam, _ = run(root, {"FAM": ["SCORE=1"], "BSWA": ["SCORE=0"]})
+  assert fam["accuracy"] == {"8": 1.0}
+
+
 def test_when_every_run_fails_there_is_no_report(tmp_path):
   with pytest.raises(UserError, match="A, seed 0 failed .*; B, seed 0 failed "):
     run(tmp_path / "study", {"A": ["FAIL=train"], "B": ["FAIL=train"]})
@@ -167,6 +207,8 @@ def test_runs_share_the_cores_of_the_process(monkeypatch):
         (dict(models={}), "at least one model"),
         (dict(seeds=()), "one seed"),
         (dict(seeds=3), r"Study.seeds is 3: give seeds, as \(0,\)"),
+        (dict(seeds=0), r"Study.seeds is 0: give seeds, as \(0,\)"),
+        (dict(seeds=(1, 0, 1)), "each seed is one run"),
         (dict(parallel=0), "Study.parallel is 0"),
         (dict(models={"BSWA M1": [], "FAM": [], "bswa-m1": []}), "'BSWA M1' has the directory of"),
     ],

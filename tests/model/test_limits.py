@@ -156,3 +156,19 @@ def test_a_fam_adds_f_times_d_parameters(config):
   assert sum(with_fam.values()) - sum(without.values()) == expected
   assert list(new.values()) == [expected]
   assert ("fam_prefix" if prefix else "fam_prompt") in next(iter(new))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_bfloat16_compute_over_float32_parameters(tie_embeddings):
+  """Close to float32; the logits themselves are not rounded to bfloat16's 8 bits."""
+  exact = dataclasses.replace(cases.FAM[0], tie_embeddings=tie_embeddings)
+  half = dataclasses.replace(exact, compute_dtype="bfloat16")
+  params = cases.random_params(exact, 5)
+  assert {str(x.dtype) for x in jax.tree.leaves(cases.abstract(half)[1])} == {"float32"}
+  tokens = jnp.asarray(cases.draw_tokens(np.random.default_rng(5), 2, cases.width(exact)), jnp.int32)
+  expected, _ = cases.call(exact, params, tokens, None, None, None)
+  logits, state = cases.call(half, params, tokens, None, None, None)
+  assert logits.dtype == jnp.float32 and state.fam.dtype == state.keys.dtype == jnp.bfloat16
+  assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9
+  off = jnp.abs(logits - expected).mean() / jnp.abs(expected).mean()
+  assert 1e-4 < off < 0.1  # 8 bits, through two layers of peaked attention

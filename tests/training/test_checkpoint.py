@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, and a broken one is passed over for the newest whole one."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -99,6 +100,30 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, harm, capfd):
   assert not capfd.readouterr().err
 
 
+def test_a_step_that_is_found_broken_again_is_set_aside_again(tmp_path):
+  save(tmp_path, 4)
+  for _ in range(3):
+    save(tmp_path, 8)
+    (tmp_path / "8" / "commit_success.txt").unlink()
+    assert len(restore(tmp_path).skipped) == 1
+  set_aside = {path.name for path in tmp_path.glob("8*")}
+  assert set_aside == {"8.unreadable", "8.unreadable-2", "8.unreadable-3"}
+
+
+@pytest.mark.parametrize("of", ["model", "memory"])
+def test_a_checkpoint_of_a_version_with_more_options_is_whole(tmp_path, of):
+  save(tmp_path, 4)
+  path = tmp_path / "4" / "_CHECKPOINT_METADATA"
+  metadata = json.loads(path.read_text())
+  saved = metadata["custom_metadata"]["model"]
+  (saved if of == "model" else saved["memory"])["newer"] = 1
+  path.write_text(json.dumps(metadata))
+  for read in (restore, load_params):
+    with pytest.raises(UserError, match="another version of famjax: it has the option newer"):
+      read(tmp_path)
+  assert list_steps(tmp_path) == [4]
+
+
 def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
   save(tmp_path, 4)
   shutil.copytree(tmp_path / "4", tmp_path / "8.orbax-checkpoint-tmp")
@@ -127,9 +152,14 @@ def test_another_model_or_vocabulary_is_named(tmp_path):
 def test_load_params_takes_a_run_its_checkpoints_or_a_step(tmp_path):
   save(tmp_path / "checkpoints", 4, 8)
   for path, scale in (("", 8), ("checkpoints", 8), ("checkpoints/4", 4)):
-    params, model, vocabulary = load_params(tmp_path / path)
-    toy.assert_equal(params, filled(scale=scale).params)
-    assert model == toy.MODEL and vocabulary == "toy"
+    loaded = load_params(tmp_path / path)
+    toy.assert_equal(loaded.params, filled(scale=scale).params)
+    assert loaded[1:] == (toy.MODEL, "toy", scale)
+  (tmp_path / "checkpoints").rename(tmp_path / "7")  # a run or a directory may have such a name
+  assert load_params(tmp_path / "7").step == load_params(tmp_path / "7" / "8").step == 8
+  (tmp_path / "9").mkdir()
+  (tmp_path / "7").rename(tmp_path / "9" / "checkpoints")
+  assert load_params(tmp_path / "9").step == 8
   for missing in ("nothing", "checkpoints/5"):
     with pytest.raises(UserError, match=missing):
       load_params(str(tmp_path / missing))

@@ -91,7 +91,20 @@ def test_metrics_checkpoints_and_evaluations(tmp_path, capsys):
   shown = [line.split()[1] for line in out.splitlines() if "tokens/s" in line]
   assert shown == ["2/5", "4/5", "5/5"]
   train(tmp_path, config, eval_reader=toy.ToyReader(seed=1))  # there is nothing left to do
-  assert "has all of its 5 steps" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "has all of its 5 steps" in out and "step 5  eval loss" in out
+  assert [m["step"] for m in read_metrics(tmp_path, "eval")] == [4, 5]
+
+
+def test_steps_without_a_loss_weight_have_no_loss(tmp_path, capsys):
+  def harm(batch):
+    batch["weights"][:] = 0
+
+  reader = Harmful(1, harm)
+  train(tmp_path, change(toy.TRAIN, train_steps=2, log_every=1), reader=reader)
+  first, second = read_metrics(tmp_path)
+  assert first["loss"] > 0 and second["loss"] is None and second["accuracy"] is None
+  assert "loss -  accuracy -" in capsys.readouterr().out
 
 
 def test_metrics_after_the_step_that_a_run_resumes_from_are_dropped(tmp_path):
@@ -147,10 +160,13 @@ def test_it_runs_on_a_thread_too(tmp_path):
   assert results[0].metrics["train"]["loss"] > 0
 
 
-def test_another_run_starts_from_a_checkpoint(tmp_path):
+def test_another_run_starts_from_a_checkpoint(tmp_path, capsys):
   first = train(tmp_path / "bswa", change(toy.TRAIN, train_steps=2), toy.BSWA)
   config = change(toy.TRAIN, train_steps=1, init_checkpoint=str(tmp_path / "bswa"))
   second = train(tmp_path / "fam", config)
+  out = capsys.readouterr().out
+  assert f"parameters of {tmp_path / 'bswa'}, step 2" in out
+  assert "fam_prompt [2, 16] is not in it: drawn anew" in out
   assert "fam_prompt" in second.state.params and second.state.step == 1
   moved = jax.tree.map(
       lambda a, b: np.abs(a - b).max(),
@@ -161,6 +177,18 @@ def test_another_run_starts_from_a_checkpoint(tmp_path):
   with pytest.raises(UserError, match="ff_dim"):
     train(tmp_path / "other", config, change(toy.MODEL, ff_dim=64))
   assert not (tmp_path / "other").exists()
+
+
+def test_parameters_take_the_dtype_of_the_run_that_starts_from_them(tmp_path):
+  """Then a restart, which reads the run's own checkpoint, goes on with the same numbers."""
+  train(tmp_path / "first", change(toy.TRAIN, train_steps=1))
+  model = change(toy.MODEL, param_dtype="bfloat16")
+  config = change(toy.TRAIN, train_steps=3, init_checkpoint=str(tmp_path / "first"))
+  whole = train(tmp_path / "whole", config, model)
+  assert {str(x.dtype) for x in jax.tree.leaves(whole.state.params)} == {"bfloat16"}
+  train(tmp_path / "parts", change(config, train_steps=1), model)
+  parts = train(tmp_path / "parts", config, model)
+  toy.assert_equal(jax.device_get(parts.state), jax.device_get(whole.state))
 
 
 WRONG = {
@@ -209,7 +237,7 @@ def test_a_run_directory_of_another_configuration(tmp_path):
       train(tmp_path, **{"config": one, **options})
   assert contents(tmp_path) == before
   free = change(one, log_every=7, eval_every=9, keep_checkpoints=5)
-  train(tmp_path, free, model=change(toy.MODEL, remat="full"))
+  train(tmp_path, free, model=change(toy.MODEL, remat="full"), eval_reader=toy.ToyReader(seed=1))
 
 
 def test_more_steps_of_a_rate_that_decays_are_another_run(tmp_path):

@@ -39,6 +39,10 @@ class ToyReader:
   document: int = 3
   vocabulary: Vocabulary = Vocabulary()
 
+  @property
+  def rows(self) -> tuple[int, int]:
+    return 0, self.batch_size
+
   def start(self) -> np.ndarray:
     return np.zeros(2, np.int64)
 
