@@ -2,11 +2,12 @@
 
 Rows need not stand at the same place: row `b` has read `position[b]` tokens, so that its next one
 is slot `position % N` of block `position // N`. A call lays its tokens out on a grid of `T` blocks
-`[B, T, N]`, the first of which is the block that the row is in. Three layouts, chosen by shape:
+`[B, T, N]`, the first of which is the block that the row is in. Three layouts:
 
   aligned: every row stands at a block boundary (training, prefill): token `i` is grid slot `i`.
   ragged:  rows stand anywhere: token `i` of row `b` is grid slot `position[b] % N + i`.
-  decode:  one token: the grid is that token alone (n = 1), its block's keys are in the ring.
+  within:  rows stand anywhere and stay in their block (decoding): the grid is the call's tokens and
+           nothing else, `[B, 1, n]` with n = S; their block's other keys are in the ring.
 """
 
 from flax import struct
@@ -28,7 +29,8 @@ class Layout:
     valid: bool `[B, T, n]`, grid slots that hold a token of this call; None: all.
     full: bool `[B, T]`, blocks whose last token is in this call; None: all.
     num_blocks: T.
-    decode: the grid is one token.
+    num_slots: n.
+    within: no row's tokens reach into another block.
     aligned: every `slot` is 0.
   """
 
@@ -38,55 +40,54 @@ class Layout:
   valid: jax.Array | None
   full: jax.Array | None
   num_blocks: int = struct.field(pytree_node=False)
-  decode: bool = struct.field(pytree_node=False)
+  num_slots: int = struct.field(pytree_node=False)
+  within: bool = struct.field(pytree_node=False)
   aligned: bool = struct.field(pytree_node=False)
 
   def positions(self, N: int) -> jax.Array:
     """int32 `[B, T, n]`: position in its row of every grid slot."""
-    if self.decode:
-      return (self.block * N + self.slot)[:, None, None]
+    if self.within:
+      first = self.block * N + self.slot
+      return first[:, None, None] + jnp.arange(self.num_slots)
     return self.block[:, None, None] * N + jnp.arange(self.num_blocks * N).reshape(1, -1, N)
 
   def place(self, tokens: jax.Array, N: int) -> jax.Array:
     """`[B, S]` tokens to the grid, `[B, T, n]`; slots without a token hold 0."""
     B, S = tokens.shape
-    if self.decode:
-      return tokens[:, None]
     if self.aligned:
       tokens = jnp.pad(tokens, ((0, 0), (0, self.num_blocks * N - S)))
-    else:
+    elif not self.within:
       index = jnp.arange(self.num_blocks * N) - self.slot[:, None]
       tokens = jnp.take_along_axis(tokens, index.clip(0, S - 1), axis=1)
-    tokens = tokens.reshape(B, self.num_blocks, N)
+    tokens = tokens.reshape(B, self.num_blocks, self.num_slots)
     return tokens if self.valid is None else jnp.where(self.valid, tokens, 0)
 
   def pick(self, grid: jax.Array, S: int) -> jax.Array:
     """`[B, T, n, ...]` on the grid back to the call's tokens, `[B, S, ...]`."""
     flat = grid.reshape(grid.shape[0], -1, *grid.shape[3:])
-    if self.decode or self.aligned:
+    if self.within or self.aligned:
       return flat[:, :S]
     index = self.slot[:, None] + jnp.arange(S)
     return jax.vmap(lambda row, at: row[at])(flat, index)
 
 
 def make_layout(
-    position: jax.Array, S: int, lengths: jax.Array | None, *, aligned: bool, N: int
+    position: jax.Array, S: int, lengths: jax.Array | None, *, aligned: bool, within: bool, N: int
 ) -> Layout:
   """Lays `S` tokens of each row out on blocks of `N`; see `Layout`."""
-  decode = S == 1 and not aligned
-  T = 1 if decode else -(-S // N) if aligned else -(-(S + N - 1) // N)
+  within = within or (S == 1 and not aligned)
+  T = 1 if within else -(-S // N) if aligned else -(-(S + N - 1) // N)
   slot = jnp.zeros_like(position) if aligned else position % N
   count = jnp.full_like(position, S) if lengths is None else lengths
   valid = full = None
   if not aligned or lengths is not None or S % N:
     end = (slot + count)[:, None]
     full = (jnp.arange(1, T + 1) * N <= end) & (count > 0)[:, None]
-    index = jnp.arange(T * N)
-    valid = (index >= slot[:, None]) & (index < end)
-    valid = (count > 0)[:, None, None] if decode else valid.reshape(-1, T, N)
+    place = slot[:, None] + jnp.arange(S) if within else jnp.arange(T * N)
+    valid = ((place >= slot[:, None]) & (place < end)).reshape(len(position), T, -1)
   return Layout(
       block=position // N, slot=slot, count=count, valid=valid, full=full,
-      num_blocks=T, decode=decode, aligned=aligned,
+      num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
   )  # fmt: skip
 
 
@@ -95,8 +96,8 @@ class Past:
   """A layer's ring, in the order in which a call reads it.
 
   Attributes:
-    keys: `[B, P, N, K, d]`. Decoding: P = M+1, ring order. On a grid: P = M+1, oldest first: the
-      block that the grid's first block takes the place of, then the M segments. P = 0: no past.
+    keys: `[B, P, N, K, d]`. Within a block: P = M+1, ring order. On a grid: P = M+1, oldest first:
+      the block that the grid's first block takes the place of, then the M segments. P = 0: no past.
     values: as `keys`.
   """
 
@@ -110,7 +111,7 @@ class Past:
 
 def read_ring(keys: jax.Array, values: jax.Array, layout: Layout) -> Past:
   """Brings a layer's ring `[B, M+1, N, K, d]` into reading order."""
-  if layout.decode:
+  if layout.within:
     return Past(keys, values)
   R = keys.shape[1]
   order = (layout.block[:, None] + jnp.arange(R)) % R  # blocks block-M-1 .. block-1
@@ -137,17 +138,16 @@ def own_block(
     segments: M.
 
   Returns:
-    `[B, T, N, K, d]` each (decoding: the whole ring with the new token in its place). Slots that
-    no token has filled hold what the ring held there before, so that a state does not depend on
-    how its tokens were cut into calls.
+    `[B, T, N, K, d]` each (within a block: the whole ring with the new tokens in their places).
+    Slots that no token has filled hold what the ring held there before, so that a state does not
+    depend on how its tokens were cut into calls.
   """
-  if layout.decode:
+  if layout.within:
     B, R, N = past.keys.shape[:3]
-    # A row without a token in this call writes past the end, that is nowhere.
-    ring_block = jnp.where(layout.count > 0, layout.block % R, R)
-    put = lambda ring, new: ring.at[jnp.arange(B), ring_block, layout.slot].set(
-        new[:, 0, 0], mode="drop"
-    )
+    row, ring_block = jnp.arange(B)[:, None], (layout.block % R)[:, None]
+    place = layout.slot[:, None] + jnp.arange(layout.num_slots)  # [B, n]
+    place = jnp.where(layout.valid[:, 0], place, N)  # padding goes past the end, that is nowhere
+    put = lambda ring, new: ring.at[row, ring_block, place].set(new[:, 0], mode="drop")
     return Past(put(past.keys, keys), put(past.values, values))
   if layout.valid is None:
     return Past(keys, values)
@@ -165,7 +165,7 @@ def own_block(
 
 def write_ring(past: Past, own: Past, layout: Layout, R: int) -> Past:
   """The ring `[B, M+1, N, K, d]` after the call."""
-  if layout.decode:
+  if layout.within:
     return own
   N = own.keys.shape[2]
   last = layout.block + jnp.maximum(layout.slot + layout.count - 1, 0) // N  # last block touched
@@ -187,7 +187,7 @@ def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) 
   """
   cut = jax.lax.stop_gradient if memory.stop_gradient else lambda x: x
   N = memory.block_size
-  if layout.decode:
+  if layout.within:
     R = own.num_blocks
     filling = (jnp.arange(R) == (layout.block % R)[:, None])[:, :, None, None, None]
     ring = jax.tree.map(lambda x: jnp.where(filling, x, cut(x)), own)
@@ -232,15 +232,16 @@ def _distance_mask(distance, t, layout, memory, *, has_past):
 
 
 def _ring_mask(ring, layout, memory):
-  """Which ring slots a decoded token sees: bool `[B, 1, 1, 1, 1, (M+1) * N]`."""
+  """Which ring slots tokens within a block see: bool `[B, 1, 1, 1, n, (M+1) * N]`."""
   R, N = ring.keys.shape[1:3]
   back = (layout.block[:, None] - jnp.arange(R)) % R  # [B, R] blocks back
   apart = (back * N + layout.slot[:, None])[..., None] - jnp.arange(N)  # [B, R, N] tokens back
-  position = (layout.block * N + layout.slot)[:, None, None]
+  apart = apart.reshape(-1, 1, R * N) + jnp.arange(layout.num_slots)[:, None]  # [B, n, R * N]
+  position = layout.positions(N)[:, 0, :, None]  # [B, n, 1]
   mask = (apart >= 0) & (apart <= position)
   if memory.window is not None:
     mask &= apart < memory.window
-  return mask.reshape(-1, 1, 1, 1, 1, R * N)
+  return mask[:, None, None, None]
 
 
 def _ring_as_block(ring):

@@ -65,7 +65,7 @@ def apply_layer(
     x: `[B, T, n, D]`, the layer's input.
     past: keys and values of earlier calls.
     fam: `[B, F, D]`, before the first block.
-    cached: keys and values `[B, F, K, d]` of `fam` where they are at hand (decoding).
+    cached: keys and values `[B, F, K, d]` of `fam` where they are at hand (within a block).
     layout: where the tokens stand.
     turns: rotations.
     first: bool `[B]`, the FAM has not been written yet.
@@ -79,10 +79,8 @@ def apply_layer(
   key_sets = blocks.token_key_sets(past, own, layout, config.memory)
   if not config.memory.length:  # BSWA
     fam_keys = fam_values = keys[:, 0, :0]
-  elif layout.decode:
-    loop, (fam_keys, fam_values) = decode_feedback(
-        layer, fam, own, cached, layout, turns, first
-    )
+  elif layout.within:
+    loop, (fam_keys, fam_values) = feedback_within(layer, fam, own, cached, layout, turns, first)
   else:
     loop = memory.feedback(
         layer, fam, own.keys, own.values, turns.write, turns.read, first, layout.full
@@ -96,7 +94,7 @@ def apply_layer(
   return x, LayerMemory(ring.keys, ring.values, fam, fam_keys, fam_values)
 
 
-def decode_feedback(
+def feedback_within(
     layer: Layer,
     fam: jax.Array,
     ring: blocks.Past,
@@ -105,12 +103,12 @@ def decode_feedback(
     turns: Turns,
     first: jax.Array,
 ) -> tuple[memory.Feedback, tuple[jax.Array, jax.Array]]:
-  """The feedback loop when one token is decoded: it turns for rows whose block is now full.
+  """The feedback loop within a block: it turns once, for rows whose block is now full.
 
-  Args are those of `apply_layer`; `ring` holds the new token's key.
+  Args are those of `apply_layer`; `ring` holds the new tokens' keys.
 
   Returns:
-    As `memory.feedback`, and the keys and values `[B, F, K, d]` of the FAM after the token.
+    As `memory.feedback`, and the keys and values `[B, F, K, d]` of the FAM after the call.
   """
   if cached is None:
     cached = layer.keys_values(fam, _at_block(turns.read, 0))
@@ -202,6 +200,7 @@ class Decoder(nnx.Module):
       start_of_sequence: jax.Array | None = None,
       lengths: jax.Array | None = None,
       aligned: bool = False,
+      within_block: bool = False,
   ) -> tuple[jax.Array, State]:
     """Reads tokens after what `state` remembers.
 
@@ -214,13 +213,16 @@ class Decoder(nnx.Module):
         that reaches nothing. None: all.
       aligned: promises that every row stands at a block boundary (or starts here), which saves
         training and prefill a block of padding.
+      within_block: promises that no row's tokens reach into another block than the one that it is
+        in, which saves the rest of that block. A single token never does.
 
     Returns:
       float32 logits `[B, S, V]` and the state after the tokens.
     """
     hidden, state = self.hidden(
-        tokens, state, start_of_sequence=start_of_sequence, lengths=lengths, aligned=aligned
-    )
+        tokens, state, start_of_sequence=start_of_sequence, lengths=lengths,
+        aligned=aligned, within_block=within_block,
+    )  # fmt: skip
     return self.logits(hidden), state
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -240,6 +242,7 @@ class Decoder(nnx.Module):
       start_of_sequence: jax.Array | None = None,
       lengths: jax.Array | None = None,
       aligned: bool = False,
+      within_block: bool = False,
   ) -> tuple[jax.Array, State]:
     """As `__call__`, up to the last layer's output `[B, S, D]`."""
     config, (B, S) = self.config, tokens.shape
@@ -253,7 +256,9 @@ class Decoder(nnx.Module):
           position=zero(state.position), fam_updates=zero(state.fam_updates)
       )
     N = config.memory.block_size
-    layout = blocks.make_layout(state.position, S, lengths, aligned=aligned, N=N)
+    layout = blocks.make_layout(
+        state.position, S, lengths, aligned=aligned, within=within_block and not aligned, N=N
+    )
     turns = self._turns(layout, state.offset)
     first = state.fam_updates == 0
 

@@ -126,12 +126,13 @@ def model(config, params) -> Decoder:
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "aligned"), compiler_options=QUICK)
-def call(config, params, tokens, state, start_of_sequence, lengths, aligned=False):
+@functools.partial(jax.jit, static_argnames=("config", "aligned", "within"), compiler_options=QUICK)
+def call(config, params, tokens, state, start_of_sequence, lengths, aligned=False, within=False):
   """One compiled `Decoder.__call__`."""
   return model(config, params)(
-      tokens, state, start_of_sequence=start_of_sequence, lengths=lengths, aligned=aligned
-  )
+      tokens, state, start_of_sequence=start_of_sequence, lengths=lengths,
+      aligned=aligned, within_block=within,
+  )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("config",), compiler_options=QUICK)
@@ -150,7 +151,7 @@ class Stream:
       nothing = np.zeros((BATCH, piece(config)), int)
       self.feed(nothing, lengths=[0] * BATCH, start=[True] * BATCH)
 
-  def feed(self, tokens, lengths=None, start=None, aligned=False):
+  def feed(self, tokens, lengths=None, start=None, aligned=False, within=False):
     """Feeds tokens [B, S]; a row that starts forgets the logits it had. Returns logits [B, S, V].
 
     `start_of_sequence` and `lengths` are always given, to save programs; single tokens go
@@ -169,6 +170,7 @@ class Stream:
         None if decode else jnp.array(start),
         None if decode else jnp.array(lengths, jnp.int32),
         aligned=aligned,
+        within=within,
     )
     logits = np.asarray(logits)
     for row in range(BATCH):

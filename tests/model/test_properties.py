@@ -17,21 +17,27 @@ from tests.model.cases import BATCH, Stream
 
 
 def feed_ragged(stream, rows, draw, rng):
-  """Feeds rows, each at its own pace, in padded pieces and single tokens; padding is garbage."""
-  done, most = [0] * len(rows), cases.piece(stream.config)
+  """Feeds rows, each at its own pace, in three ways; padding is garbage.
+
+  The ways: a padded piece of any length, a padded piece that stays in each row's block, one token.
+  """
+  done, most, size = [0] * len(rows), cases.piece(stream.config), stream.config.memory.block_size
   while any(count < len(row) for count, row in zip(done, rows)):
     left = [len(row) - count for count, row in zip(done, rows)]
-    if min(left) > 0 and draw(st.booleans(), label="one token"):
+    way = draw(st.sampled_from(["any", "within", "one"] if min(left) > 0 else ["any", "within"]))
+    if way == "one":
       stream.feed([[row[count]] for count, row in zip(done, rows)])
       done = [count + 1 for count in done]
       continue
-    counts = [draw(st.integers(0, min(most, count))) for count in left]
-    counts = counts if any(counts) else [min(most, count) for count in left]
-    tokens = cases.draw_tokens(rng, len(rows), most)
+    room = [size - count % size if way == "within" else most for count in done]
+    longest = [min(count, here) for count, here in zip(left, room)]
+    counts = [draw(st.integers(0, count)) for count in longest]
+    counts = counts if any(counts) else longest
+    tokens = cases.draw_tokens(rng, len(rows), size if way == "within" else most)
     for i, (row, count) in enumerate(zip(rows, counts)):
       tokens[i, :count] = row[done[i] : done[i] + count]
       done[i] += count
-    stream.feed(tokens, lengths=counts)
+    stream.feed(tokens, lengths=counts, within=way == "within")
 
 
 def at_once(config, params, rows, aligned=True):
