@@ -43,15 +43,13 @@ def next_token_loss(
       over parameters; their gradients are summed over the chunks.
     hidden: the last layer's output.
     targets: int32, the token that follows each.
-    weights: float32 loss weights; 0 leaves a token out.
+    weights: float32 loss weights; 0 leaves a token out, as it does the padding of the last chunk.
     chunk_tokens: tokens whose logits stand in memory at once, at least one per row.
 
   Returns:
     Sums over all tokens.
   """
-  B, S, _ = hidden.shape
-  chunks = -(-S // max(1, chunk_tokens // B))
-  length = -(-S // chunks)
+  cut = _cutter(hidden, chunk_tokens)
 
   @jax.checkpoint
   def add_chunk(sums, chunk):
@@ -63,11 +61,42 @@ def next_token_loss(
     new = LossSums((loss * weights).sum(), weights.sum(), (correct * weights).sum())
     return jax.tree.map(jnp.add, sums, new), None
 
-  def cut(x):  # [B, S, ...] -> [chunks, B, length, ...]; padding has weight 0
-    x = jnp.pad(x, [(0, 0), (0, chunks * length - S)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, chunks, length, *x.shape[2:]), 1, 0)
-
   zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
   weights = weights.astype(jnp.float32)
   sums, _ = jax.lax.scan(add_chunk, zero, (cut(hidden), cut(targets), cut(weights)))
   return sums
+
+
+def token_log_probs(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: Float[Array, "B S D"],
+    targets: Int[Array, "B S"],
+    chunk_tokens: int = 1024,
+) -> Float[Array, "B S"]:
+  """Natural logarithms of the probabilities of next tokens, `chunk_tokens` tokens at a time.
+
+  Args are those of `next_token_loss`.
+  """
+  B, S, _ = hidden.shape
+  cut = _cutter(hidden, chunk_tokens)
+
+  def of_chunk(chunk):
+    hidden, targets = chunk
+    log_probs = jax.nn.log_softmax(logits_fn(hidden).astype(jnp.float32), axis=-1)
+    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+  chunks = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))  # [chunks, B, length]
+  return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :S]
+
+
+def _cutter(hidden: jax.Array, chunk_tokens: int) -> Callable[[jax.Array], jax.Array]:
+  """A function that cuts `[B, S, ...]` into `[chunks, B, length, ...]`, padded with zeros."""
+  B, S, _ = hidden.shape
+  chunks = -(-S // max(1, chunk_tokens // B))
+  length = -(-S // chunks)
+
+  def cut(x):
+    x = jnp.pad(x, [(0, 0), (0, chunks * length - S)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, chunks, length, *x.shape[2:]), 1, 0)
+
+  return cut

@@ -1,0 +1,283 @@
+"""The streaming engine: reading in chunks of blocks, writing several tokens per call of the device.
+
+Reading cuts what each row has to read into pieces of few shapes, so that every shape is compiled
+once: up to the next block boundary within the block, then whole blocks, `CHUNK_BLOCKS` of them at a
+time, then the rest within a block. Rows have their own lengths and places; a row that has nothing
+to read in a piece is left as it is.
+
+Writing is a loop on the device, `STEPS` tokens at most between two looks of the host.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import functools
+from typing import NamedTuple
+
+from flax import nnx, struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from famjax.inference import sampling
+from famjax.model.decoder import Decoder
+from famjax.model.state import State
+from famjax.training.loss import token_log_probs
+
+CHUNK_BLOCKS = 8  # blocks that are read in one call
+STEPS = 16  # tokens that are written in one call
+_SHORTEST = 16  # tokens of the shortest piece within a block; a shorter one is padded
+
+
+@struct.dataclass
+class Reading:
+  """Where rows stand: what they remember, and what each would say next.
+
+  Attributes:
+    logits: float32 `[B, V]` of the next token. Zeros for a row that has read nothing.
+    state: of the rows.
+  """
+
+  logits: jax.Array
+  state: State
+
+  def __iter__(self):
+    return iter((self.logits, self.state))
+
+
+class Written(NamedTuple):
+  """What one call of `Engine.write` wrote.
+
+  Attributes:
+    tokens: int32 `[B, STEPS]`; of row b the first `count[b]` are real.
+    count: int32 `[B]`.
+    stopped: bool `[B]`, the row came to a stop token, which is neither written nor read.
+  """
+
+  tokens: np.ndarray
+  count: np.ndarray
+  stopped: np.ndarray
+
+
+class Piece(NamedTuple):
+  """A part of what rows have to read: of row b the next `counts[b]` tokens, at most `size`."""
+
+  size: int
+  counts: np.ndarray
+  within: bool
+
+
+def pieces(positions: np.ndarray, lengths: np.ndarray, N: int) -> Iterator[Piece]:
+  """Cuts what rows have to read into pieces of few shapes.
+
+  Args:
+    positions: int `[B]`, tokens that each row has read before.
+    lengths: int `[B]`, tokens that it has to read now.
+    N: block size.
+
+  Yields:
+    Pieces; a piece that is not `within` a block starts at a block boundary in all of its rows.
+  """
+  slot, left = positions % N, lengths.copy()
+  while left.any():
+    begun = (slot > 0) & (left > 0)
+    blocks = int(left.max()) // N
+    if begun.any():
+      counts = np.where(begun, np.minimum(left, N - slot), 0)
+    elif blocks == 0:
+      counts = left
+    if begun.any() or blocks == 0:
+      size = min(max(_SHORTEST, _power_of_two(int(counts.max()))), N)
+      yield Piece(size, counts, within=True)
+    else:
+      size = min(1 << (blocks.bit_length() - 1), CHUNK_BLOCKS) * N
+      counts = np.minimum(left, size)
+      yield Piece(size, counts, within=False)
+    left = left - counts
+    slot = (slot + counts) % N
+
+
+class Engine:
+  """Compiled functions of one decoder; each is compiled once per shape."""
+
+  def __init__(self, decoder: Decoder):
+    self.config = decoder.config
+    self._graphdef, self._params = nnx.split(decoder)
+
+  @functools.cached_property
+  def _initial(self):
+    return jax.jit(
+        lambda params, B: nnx.merge(self._graphdef, params).init_state(B), static_argnums=1
+    )
+
+  def start(self, batch_size: int) -> Reading:
+    """Rows that have read nothing."""
+    state = self._initial(self._params, batch_size)
+    return Reading(jnp.zeros((batch_size, self.config.vocab_size), jnp.float32), state)
+
+  def read(
+      self,
+      rows: Sequence[np.ndarray],
+      after: Reading,
+      *,
+      progress: Callable[[int], None] = lambda tokens: None,
+  ) -> Reading:
+    """Reads on.
+
+    Args:
+      rows: int tokens of each row, of any length, none at all included.
+      after: where the rows stand; it can be used again.
+      progress: is told after each piece how many tokens it had.
+
+    Returns:
+      Where the rows stand then.
+    """
+    reading = jax.tree.map(jnp.copy, after)  # the copy is given away, piece by piece
+    for piece, tokens in self._cut(rows, after):
+      reading = _read(
+          self._graphdef, self._params, tokens, piece.counts, reading, within=piece.within
+      )
+      progress(int(piece.counts.sum()))
+    return reading
+
+  def score(
+      self,
+      rows: Sequence[np.ndarray],
+      after: Reading,
+      *,
+      progress: Callable[[int], None] = lambda tokens: None,
+  ) -> tuple[list[np.ndarray], Reading]:
+    """Reads on, and says how probable each token was.
+
+    Args are those of `read`.
+
+    Returns:
+      float32 natural logarithms of the probability of every token, for each row, and where the rows
+      stand then. Nothing is said about the first token of a row that had read nothing: it is nan.
+    """
+    reading = jax.tree.map(jnp.copy, after)
+    said = [[] for _ in rows]
+    for piece, tokens in self._cut(rows, after):
+      scores, reading = _score(
+          self._graphdef, self._params, tokens, piece.counts, reading, within=piece.within
+      )
+      scores = np.asarray(scores)
+      for row, count in enumerate(piece.counts):
+        said[row].append(scores[row, :count])
+      progress(int(piece.counts.sum()))
+    said = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in said]
+    for row in np.flatnonzero(np.asarray(after.state.position) == 0):
+      said[row][:1] = np.nan
+    return said, reading
+
+  def write(
+      self,
+      after: Reading,
+      seen: jax.Array,
+      samplers: sampling.Samplers,
+      written: np.ndarray,
+      limit: np.ndarray,
+      stop_tokens: Sequence[int],
+      *,
+      keep: bool = False,
+  ) -> tuple[Written, Reading, jax.Array]:
+    """Writes at most `STEPS` tokens in every row, and reads each of them.
+
+    Args:
+      after: where the rows stand.
+      seen: bool `[B, V]`, tokens that the repetition penalty is for.
+      samplers: how each row picks.
+      written: int `[B]`, tokens that each row has written before.
+      limit: int `[B]`, tokens that each row may write now, at most.
+      stop_tokens: a row that picks one of them ends before it.
+      keep: leave `after` and `seen` as they are, so that they can be used again.
+
+    Returns:
+      What was written, where the rows stand then, and what they have seen.
+    """
+    function = _write_and_keep if keep else _write
+    stop = np.zeros(self.config.vocab_size, bool)
+    stop[list(stop_tokens)] = True
+    *new, reading, seen = function(
+        self._graphdef, self._params, after, seen, samplers,
+        np.asarray(written, np.int32), np.asarray(limit, np.int32), stop,
+    )  # fmt: skip
+    return Written(*jax.device_get(new)), reading, seen
+
+  def _cut(self, rows, after):
+    """Pieces of what rows have to read, with their tokens `[B, size]`."""
+    lengths = np.array([len(row) for row in rows])
+    done = np.zeros_like(lengths)
+    positions = np.asarray(after.state.position)
+    for piece in pieces(positions, lengths, self.config.memory.block_size):
+      tokens = np.zeros((len(rows), piece.size), np.int32)
+      for b, row in enumerate(rows):
+        tokens[b, : piece.counts[b]] = row[done[b] : done[b] + piece.counts[b]]
+      yield piece, tokens
+      done += piece.counts
+
+
+def _hidden(model, tokens, counts, state, within):
+  return model.hidden(tokens, state, lengths=counts, aligned=not within, within_block=within)
+
+
+def _last(model, hidden, counts, before):
+  """Logits `[B, V]` after each row's last real token; a row without one keeps what it had."""
+  place = jnp.maximum(counts - 1, 0)[:, None, None]
+  logits = model.logits(jnp.take_along_axis(hidden, place, axis=1))[:, 0]
+  return jnp.where((counts > 0)[:, None], logits, before)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "within"), donate_argnames="reading")
+def _read(graphdef, params, tokens, counts, reading, *, within):
+  model = nnx.merge(graphdef, params)
+  hidden, state = _hidden(model, tokens, counts, reading.state, within)
+  return Reading(_last(model, hidden, counts, reading.logits), state)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "within"), donate_argnames="reading")
+def _score(graphdef, params, tokens, counts, reading, *, within):
+  model = nnx.merge(graphdef, params)
+  hidden, state = _hidden(model, tokens, counts, reading.state, within)
+  following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  inner = token_log_probs(model.logits, hidden, following)[:, :-1]
+  first = jnp.take_along_axis(jax.nn.log_softmax(reading.logits), tokens[:, :1], axis=-1)
+  last = _last(model, hidden, counts, reading.logits)
+  return jnp.concatenate([first, inner], axis=1), Reading(last, state)
+
+
+def _writing(graphdef, params, reading, seen, samplers, written, limit, stop):
+  model = nnx.merge(graphdef, params)
+  B = limit.shape[0]
+
+  def active(count, stopped):
+    return ~stopped & (count < limit)
+
+  def more(carry):
+    i, _, count, stopped, _, _ = carry
+    return (i < STEPS) & active(count, stopped).any()
+
+  def step(carry):
+    i, tokens, count, stopped, reading, seen = carry
+    token = sampling.pick(reading.logits, seen, samplers, written + count)  # [B]
+    writes = active(count, stopped)
+    stopped |= writes & stop[token]
+    writes &= ~stopped
+    tokens = tokens.at[:, i].set(jnp.where(writes, token, 0))
+    seen = seen.at[jnp.arange(B), token].max(writes)
+    hidden, state = model.hidden(token[:, None], reading.state, lengths=writes.astype(jnp.int32))
+    logits = jnp.where(writes[:, None], model.logits(hidden)[:, 0], reading.logits)
+    return i + 1, tokens, count + writes, stopped, Reading(logits, state), seen
+
+  nothing = jnp.zeros((B, STEPS), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+  _, tokens, count, stopped, reading, seen = jax.lax.while_loop(
+      more, step, (jnp.int32(0), *nothing, reading, seen)
+  )
+  return tokens, count, stopped, reading, seen
+
+
+_write_and_keep = jax.jit(_writing, static_argnums=0)
+_write = jax.jit(_writing, static_argnums=0, donate_argnames=("reading", "seen"))
+
+
+def _power_of_two(n: int) -> int:
+  """The smallest power of two that is at least n."""
+  return 1 << (n - 1).bit_length()
