@@ -175,7 +175,7 @@ class Engine:
       samplers: sampling.Samplers,
       written: np.ndarray,
       limit: np.ndarray,
-      stop_tokens: Sequence[int],
+      stop: np.ndarray,
       *,
       keep: bool = False,
   ) -> tuple[Written, Reading, jax.Array]:
@@ -187,15 +187,13 @@ class Engine:
       samplers: how each row picks.
       written: int `[B]`, tokens that each row has written before.
       limit: int `[B]`, tokens that each row may write now, at most.
-      stop_tokens: a row that picks one of them ends before it.
+      stop: bool `[B, V]`, tokens that end a row; it ends before them.
       keep: leave `after` and `seen` as they are, so that they can be used again.
 
     Returns:
       What was written, where the rows stand then, and what they have seen.
     """
     function = _write_and_keep if keep else _write
-    stop = np.zeros(self.config.vocab_size, bool)
-    stop[list(stop_tokens)] = True
     *new, reading, seen = function(
         self._graphdef, self._params, after, seen, samplers,
         np.asarray(written, np.int32), np.asarray(limit, np.int32), stop,
@@ -247,6 +245,7 @@ def _score(graphdef, params, tokens, counts, reading, *, within):
 def _writing(graphdef, params, reading, seen, samplers, written, limit, stop):
   model = nnx.merge(graphdef, params)
   B = limit.shape[0]
+  rows = jnp.arange(B)
 
   def active(count, stopped):
     return ~stopped & (count < limit)
@@ -259,10 +258,10 @@ def _writing(graphdef, params, reading, seen, samplers, written, limit, stop):
     i, tokens, count, stopped, reading, seen = carry
     token = sampling.pick(reading.logits, seen, samplers, written + count)  # [B]
     writes = active(count, stopped)
-    stopped |= writes & stop[token]
+    stopped |= writes & stop[rows, token]
     writes &= ~stopped
     tokens = tokens.at[:, i].set(jnp.where(writes, token, 0))
-    seen = seen.at[jnp.arange(B), token].max(writes)
+    seen = seen.at[rows, token].max(writes)
     hidden, state = model.hidden(token[:, None], reading.state, lengths=writes.astype(jnp.int32))
     logits = jnp.where(writes[:, None], model.logits(hidden)[:, 0], reading.logits)
     return i + 1, tokens, count + writes, stopped, Reading(logits, state), seen

@@ -5,11 +5,14 @@
     logits, state = model(tokens, state)
     for piece in model.generate("The pass key is", max_new_tokens=20):
       print(piece, end="")
+    reading = model.read(book)
+    answer = model.generate(question, state=reading)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -18,13 +21,37 @@ import numpy as np
 
 from famjax.data.vocabularies import Vocabulary, load_vocabulary
 from famjax.errors import UserError
+from famjax.inference.engine import Engine, Reading
+from famjax.inference.generation import Generation, Request, Stream
+from famjax.inference.sampling import Sampling
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
 from famjax.training.checkpoint import Loaded, adopt, load_params, new_fam
 from famjax.training.train_state import split
 
-_PREFILL_BLOCKS = 8  # blocks read in one call; one shape is compiled for all full calls
+
+class Score(NamedTuple):
+  """What `Model.score` says of a text.
+
+  Attributes:
+    tokens: int32 `[n]`.
+    log_probs: float32 `[n]`, natural logarithm of each token's probability; nan for a first token
+      that nothing was read before.
+    reading: where the row stands after the text.
+  """
+
+  tokens: np.ndarray
+  log_probs: np.ndarray
+  reading: Reading
+
+
+class Completion(NamedTuple):
+  """What was written after one prompt; see `Generation`."""
+
+  text: str
+  tokens: list[int]
+  reason: str
 
 
 class Model:
@@ -39,6 +66,7 @@ class Model:
     self.decoder = decoder
     self.vocabulary = vocabulary
     self._graphdef, self._params = nnx.split(decoder)
+    self._engine = Engine(decoder)
 
   @property
   def config(self):
@@ -52,7 +80,7 @@ class Model:
 
   def init_state(self, batch_size: int = 1) -> State:
     """The state of rows that have read nothing."""
-    return self._init_state(self._params, batch_size)
+    return self._engine.start(batch_size).state
 
   def __call__(self, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
     """Reads `tokens` int32 `[B, S]`, S of any length, after what `state` remembers.
@@ -78,6 +106,164 @@ class Model:
       )
     if not tokens.size:
       raise UserError(f"tokens have shape {tokens.shape}: give at least one")
+    self._check_tokens(tokens)
+    at_boundary = not np.any(np.asarray(state.position) % self.config.memory.block_size)
+    aligned = at_boundary and tokens.shape[1] > 1  # a single token is decoded wherever it stands
+    return self._read(self._params, jnp.asarray(tokens, jnp.int32), state, aligned)
+
+  def read(
+      self,
+      text: str | Sequence[int],
+      state: State | Reading | None = None,
+      *,
+      progress: Callable[[int], None] = lambda tokens: None,
+  ) -> Reading:
+    """Reads one row of text, or of tokens, in constant memory.
+
+    Args:
+      text: of any length, at least one token.
+      state: of one row; None: a fresh one. It can be used again.
+      progress: is told after every piece how many tokens it had.
+
+    Returns:
+      `(logits, state)`: float32 logits `[1, V]` of what comes next, and the state.
+
+    Raises:
+      UserError: the text is empty, or the tokens or the state are not this model's.
+    """
+    tokens = self._tokens(text)
+    if not tokens.size:
+      raise UserError("the text to read is empty: give at least one token of it")
+    return self._engine.read([tokens], self._reading(state, 1), progress=progress)
+
+  def score(
+      self,
+      text: str | Sequence[int],
+      state: State | Reading | None = None,
+      *,
+      progress: Callable[[int], None] = lambda tokens: None,
+  ) -> Score:
+    """Says how probable every token of a text was, in constant memory.
+
+    Args are those of `read`.
+
+    Returns:
+      The tokens, their log-probabilities, and where the row stands after them.
+
+    Raises:
+      UserError: as `read`.
+    """
+    tokens = self._tokens(text)
+    if not tokens.size:
+      raise UserError("the text to score is empty: give at least one token of it")
+    after = self._reading(state, 1)
+    (log_probs,), reading = self._engine.score([tokens], after, progress=progress)
+    if not isinstance(state, Reading):  # a state alone does not say what would have come next
+      log_probs[0] = np.nan
+    return Score(tokens, log_probs, reading)
+
+  def generate(
+      self,
+      prompt: str | Sequence[int] = "",
+      *,
+      max_new_tokens: int = 100,
+      temperature: float = 0.0,
+      top_k: int = 0,
+      top_p: float = 1.0,
+      min_p: float = 0.0,
+      repetition_penalty: float = 1.0,
+      seed: int = 0,
+      stop: Sequence[str] = (),
+      stop_tokens: Sequence[int] = (),
+      state: State | Reading | None = None,
+      progress: Callable[[int], None] = lambda tokens: None,
+  ) -> Stream:
+    """Streams what comes after a prompt, until the vocabulary's end symbol.
+
+    Args:
+      prompt: text or tokens to read first; may be empty after a `Reading`.
+      max_new_tokens: at most so many tokens.
+      temperature, top_k, top_p, min_p, repetition_penalty, seed: see `sampling.Sampling`.
+      stop: strings that end the text; they are not part of it.
+      stop_tokens: more tokens that end it, like the end symbol.
+      state: what was read before; None: nothing. It can be used again.
+      progress: is told, while the prompt is read, how many tokens each piece had.
+
+    Returns:
+      An iterator of pieces of text, whole characters each. Its `reading` is where the row stands,
+      to go on from.
+
+    Raises:
+      UserError: nothing has been read, or a setting makes no sense.
+    """
+    settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    request = Request(max_new_tokens, settings, (stop,) if isinstance(stop, str) else tuple(stop), tuple(stop_tokens))
+    return Stream(self._generation([prompt], [request], state, progress))
+
+  def complete(
+      self, prompts: Sequence[str | Sequence[int]], requests: Request | Sequence[Request] = Request()
+  ) -> list[Completion]:
+    """Completes several prompts side by side; each gets what it would get alone.
+
+    Args:
+      prompts: texts or tokens.
+      requests: one for all prompts, or one for each.
+
+    Raises:
+      UserError: as `generate`.
+    """
+    if isinstance(requests, Request):
+      requests = [requests] * len(prompts)
+    if len(requests) != len(prompts):
+      raise UserError(f"{len(prompts)} prompts and {len(requests)} requests: give one for each")
+    if not prompts:
+      return []
+    generation = self._generation(prompts, requests, None, lambda tokens: None)
+    while not generation.done:
+      generation.round()
+    return [
+        Completion(*row) for row in zip(generation.texts, generation.tokens, generation.reasons)
+    ]
+
+  def _generation(self, prompts, requests, state, progress) -> Generation:
+    for request in requests:
+      request.validate(self.config.vocab_size)
+    rows = [self._tokens(prompt) for prompt in prompts]
+    reading = self._reading(state, len(rows))
+    heard = isinstance(state, Reading) and int(state.state.position.min()) > 0
+    if not heard and not all(row.size for row in rows):
+      raise UserError("the prompt is empty: give at least one token of text")
+    if any(row.size for row in rows):
+      reading = self._engine.read(rows, reading, progress=progress)
+    return Generation(
+        self._engine, self.vocabulary, requests, reading, [row.tolist() for row in rows]
+    )
+
+  def _tokens(self, text: str | Sequence[int]) -> np.ndarray:
+    """int32 `[n]`, checked."""
+    if isinstance(text, str):
+      text = self.vocabulary.encode(text)
+    tokens = np.asarray(text)
+    if tokens.ndim != 1:
+      raise UserError(f"tokens have shape {tokens.shape}: give a text, or tokens [n]")
+    if tokens.size:
+      self._check_tokens(tokens)
+    return tokens.astype(np.int32)
+
+  def _reading(self, state: State | Reading | None, batch_size: int) -> Reading:
+    if state is None:
+      return self._engine.start(batch_size)
+    reading = state if isinstance(state, Reading) else None
+    state = state.state if reading else state
+    self._check_state(state)
+    if state.position.shape[0] != batch_size:
+      raise UserError(
+          f"the state has {state.position.shape[0]} rows and the text {batch_size}: give one row of"
+          " text for each"
+      )
+    return reading or self._engine.start(batch_size).replace(state=state)
+
+  def _check_tokens(self, tokens: np.ndarray) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(f"tokens are {tokens.dtype}: give integers, as the vocabulary encodes them")
     if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -85,77 +271,6 @@ class Model:
           f"token {int(tokens.min() if tokens.min() < 0 else tokens.max())} is outside the"
           f" vocabulary of {self.config.vocab_size}"
       )
-    at_boundary = not np.any(np.asarray(state.position) % self.config.memory.block_size)
-    aligned = at_boundary and tokens.shape[1] > 1  # a single token is decoded wherever it stands
-    return self._read(self._params, jnp.asarray(tokens, jnp.int32), state, aligned)
-
-  def read(self, text: str, state: State | None = None) -> tuple[jax.Array, State]:
-    """Reads one row of text in constant memory.
-
-    Args:
-      text: at least one token long.
-      state: of one row; None: a fresh one.
-
-    Returns:
-      float32 logits `[V]` of what comes next, and the state.
-
-    Raises:
-      UserError: the text is empty.
-    """
-    tokens = np.asarray(self.vocabulary.encode(text), np.int32)
-    if not tokens.size:
-      raise UserError("the prompt is empty: give at least one token of text")
-    state = self.init_state() if state is None else state
-    N = self.config.memory.block_size
-    chunk = N * _PREFILL_BLOCKS
-    to_boundary = -int(state.position[0]) % N
-    cuts = list(range(min(to_boundary, len(tokens)), len(tokens), chunk))
-    for piece in np.split(tokens, [c for c in cuts if c]):
-      logits, state = self(piece[None], state)
-    return logits[0, -1], state
-
-  def generate(
-      self,
-      prompt: str,
-      *,
-      max_new_tokens: int = 100,
-      temperature: float = 0.0,
-      seed: int = 0,
-      state: State | None = None,
-  ) -> Iterator[str]:
-    """Streams what comes after a prompt, until the vocabulary's end symbol.
-
-    Args:
-      prompt: text to read first.
-      max_new_tokens: at most so many tokens.
-      temperature: 0 takes the likeliest token, else the logits are divided by it and drawn from.
-      seed: of the draws; the same seed gives the same text.
-      state: what was read before; None: nothing.
-
-    Yields:
-      Pieces of text, whole characters each.
-
-    Raises:
-      UserError: the prompt is empty, or the temperature is negative.
-    """
-    if temperature < 0:
-      raise UserError(f"temperature is {temperature}: use 0 for the likeliest token, or more")
-    logits, state = self.read(prompt, state)
-    ids, written = [], ""
-    for i in range(max_new_tokens):
-      key = jax.random.fold_in(jax.random.key(seed), i)
-      token = int(_pick(logits, key, temperature))
-      if token == self.vocabulary.eos_id:
-        return
-      ids.append(token)
-      text = self.vocabulary.decode(ids)
-      if not text.endswith("\ufffd"):  # else the token ends in the middle of a character
-        if text != written:  # else the token has no text: padding
-          yield text[len(written) :]
-        written = text
-      if i + 1 < max_new_tokens:
-        logits, state = self(np.full((1, 1), token), state)
-        logits = logits[0, -1]
 
   def _check_state(self, state: State) -> None:
     """Raises UserError for a state of another configuration."""
@@ -176,25 +291,10 @@ class Model:
 
     return jax.jit(read, static_argnums=3)
 
-  @functools.cached_property
-  def _init_state(self):
-    def init_state(params, batch_size):
-      return nnx.merge(self._graphdef, params).init_state(batch_size)
-
-    return jax.jit(init_state, static_argnums=1)
-
 
 @functools.lru_cache(16)
 def _state_shapes(config: ModelConfig, batch_size: int) -> State:
   return jax.eval_shape(lambda: empty_state(config, batch_size))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _pick(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
-  """The next token of float32 logits `[V]`."""
-  if temperature == 0:
-    return logits.argmax()
-  return jax.random.categorical(key, logits / temperature)
 
 
 def load(

@@ -1,0 +1,181 @@
+"""The engine: however text is cut and whoever stands beside a row, it reads and writes the same."""
+
+import functools
+
+from hypothesis import given, settings, strategies as st
+import jax
+import numpy as np
+import pytest
+
+from famjax.inference import engine, sampling
+from famjax.inference.engine import CHUNK_BLOCKS, STEPS, Engine, Reading
+from tests.inference import tiny
+
+N = tiny.CONFIG.memory.block_size
+KINDS = pytest.mark.parametrize("kind", ["fam", "bswa"])
+GREEDY = sampling.Sampling()
+
+
+@functools.cache
+def make(kind) -> Engine:
+  return Engine(tiny.model(kind).decoder)
+
+
+def draw(seed, *lengths):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(3, 259, n) for n in lengths]
+
+
+def close(a, b):
+  np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def row_of(reading: Reading, row: int):
+  """What a later call can see of one row: logits, place, FAM, and its ring's live slots."""
+  state = reading.state
+  position = int(state.position[row])
+  places = np.arange(max(position // N - 1, 0) * N, position)  # M is 1
+  ring = lambda x: np.asarray(x)[:, row, places // N % 2, places % N]
+  fams = [np.asarray(x)[:, row] for x in (state.fam, state.fam_keys, state.fam_values)]
+  return [reading.logits[row], position, ring(state.keys), ring(state.values), *fams]
+
+
+def assert_same_row(a, row, b, other):
+  jax.tree.map(close, row_of(a, row), row_of(b, other))
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 200)), min_size=1, max_size=4),
+    N=st.sampled_from([1, 4, 7, 16]),
+)
+def test_pieces_are_all_that_rows_have_to_read_in_few_shapes(rows, N):  # pylint: disable=redefined-outer-name
+  positions, lengths = np.array(rows).T
+  place, shapes = positions.copy(), set()
+  for piece in engine.pieces(positions, lengths, N):
+    assert 0 < piece.counts.max() <= piece.size
+    moving = piece.counts > 0
+    if piece.within:
+      assert piece.size <= N and (place % N + piece.counts <= N)[moving].all()
+    else:
+      assert piece.size % N == 0 and (place % N == 0)[moving].all()
+      assert piece.size // N in (1, 2, 4, CHUNK_BLOCKS)
+    shapes.add((piece.size, piece.within))
+    place += piece.counts
+  np.testing.assert_array_equal(place, positions + lengths)
+  assert len(shapes) <= 4 + 2  # four sizes of whole blocks, 16 and a power of two below N or N
+
+
+@KINDS
+def test_ragged_rows_read_what_each_reads_alone(kind):
+  """Rows of no token, of less than a block, of whole blocks, of more than a chunk; then once more,
+  from wherever they stand."""
+  first = draw(0, 7, 0, 2 * N, CHUNK_BLOCKS * N + 9)
+  second = draw(1, 2 * N + 3, 5, 0, 1)
+  together = make(kind).read(second, make(kind).read(first, make(kind).start(4)))
+  for row in range(4):
+    alone = make(kind).read([first[row]], make(kind).start(1))
+    alone = make(kind).read([second[row]], alone)
+    assert_same_row(together, row, alone, 0)
+    whole = make(kind).read([np.concatenate([first[row], second[row]])], make(kind).start(1))
+    assert_same_row(together, row, whole, 0)
+
+
+@KINDS
+def test_a_reading_can_be_used_again(kind):
+  before = make(kind).read(draw(0, 6, 9), make(kind).start(2))
+  kept = jax.device_get(before)
+  once = make(kind).read(draw(1, 30, 2), before)
+  make(kind).score(draw(1, 30, 2), before)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(before), kept)
+  jax.tree.map(np.testing.assert_array_equal, make(kind).read(draw(1, 30, 2), before), once)
+
+
+def test_progress_is_told_of_every_token():
+  told = []
+  make("fam").read(draw(0, 50, 3), make("fam").start(2), progress=told.append)
+  assert sum(told) == 53 and len(told) > 2
+
+
+@KINDS
+def test_scores_are_the_log_probabilities_of_one_call(kind):
+  rows = draw(2, CHUNK_BLOCKS * N + 11, 1, 0, 2 * N)
+  scores, reading = make(kind).score(rows, make(kind).start(4))
+  after = make(kind).read(rows, make(kind).start(4))
+  again, _ = make(kind).score(rows, after)
+  for row, tokens in enumerate(rows):
+    assert_same_row(reading, row, after, row)
+    assert scores[row].shape == again[row].shape == (len(tokens),)
+    if not len(tokens):
+      continue
+    model = tiny.model(kind)
+    logits, _ = model(np.concatenate([tokens, tokens])[None], model.init_state())
+    expected = jax.nn.log_softmax(logits[0])
+    place = np.arange(len(tokens))
+    assert np.isnan(scores[row][0])
+    close(scores[row][1:], expected[place[:-1], tokens[1:]])
+    close(again[row], expected[len(tokens) - 1 + place, tokens])
+
+
+def write(kind, reading, count, how=GREEDY, stop=(), **options):
+  """Writes up to `count[b]` tokens in every row, in as many rounds as it takes."""
+  B = len(count)
+  seen, tokens = np.zeros((B, 259), bool), [[] for _ in range(B)]
+  ends = np.zeros((B, 259), bool)
+  ends[:, list(stop)] = True
+  stopped = np.zeros(B, bool)
+  how = sampling.stack(how if isinstance(how, list) else [how] * B)
+  while True:
+    written = np.array([len(row) for row in tokens])
+    limit = np.where(stopped, 0, np.minimum(np.array(count) - written, STEPS))
+    if not limit.any():
+      return tokens, reading
+    new, reading, seen = make(kind).write(
+        reading, seen, how, written, limit, ends, **{"keep": not written.any(), **options}
+    )
+    for row in range(B):
+      tokens[row] += new.tokens[row, : new.count[row]].tolist()
+    stopped |= new.stopped
+
+
+@KINDS
+def test_greedy_writing_is_that_of_reading_everything_anew_for_every_token(kind):
+  """Rows of unlike length; from within a block over more than three boundaries."""
+  prompts, count = draw(3, 9, 2 * N, 3), 4 * N + 2
+  after = make(kind).read(prompts, make(kind).start(3))
+  written, reading = write(kind, after, [count] * 3)
+  for row, prompt in enumerate(prompts):
+    tokens = prompt.tolist()
+    for _ in range(count):
+      logits, _ = make(kind).read([np.array(tokens)], make(kind).start(1))
+      tokens.append(int(logits[0].argmax()))
+    assert written[row] == tokens[len(prompt) :] and len(set(written[row])) > 2
+    whole = make(kind).read([np.array(tokens)], make(kind).start(1))
+    assert_same_row(reading, row, whole, 0)
+
+
+@KINDS
+def test_rows_write_what_each_writes_alone(kind):
+  """With settings and lengths of their own."""
+  prompts = draw(4, 5, 13, 1)
+  how = [
+      sampling.Sampling(temperature=1.0, seed=3),
+      sampling.Sampling(temperature=2.0, top_k=20, repetition_penalty=1.5),
+      sampling.Sampling(repetition_penalty=2.0),
+  ]
+  count = [3 * N, N - 1, 2 * STEPS + 1]
+  together, reading = write(kind, make(kind).read(prompts, make(kind).start(3)), count, how)
+  for row in range(3):
+    after = make(kind).read([prompts[row]], make(kind).start(1))
+    (alone,), reading_alone = write(kind, after, [count[row]], how[row])
+    assert together[row] == alone and len(alone) == count[row]
+    assert_same_row(reading, row, reading_alone, 0)
+
+
+def test_a_stop_token_is_neither_written_nor_read():
+  (prompt,) = draw(5, 9)
+  after = make("fam").read([prompt], make("fam").start(1))
+  (free,), _ = write("fam", after, [20])
+  place = next(i for i, token in enumerate(free) if token not in free[:i] and i > 3)
+  (stopped,), reading = write("fam", after, [20], stop=[free[place], 2])
+  assert stopped == free[:place]
+  assert_same_row(reading, 0, make("fam").read([np.array([*prompt, *stopped])], make("fam").start(1)), 0)
