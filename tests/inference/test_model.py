@@ -88,102 +88,48 @@ def test_a_state_of_another_model():
     model("bswa")([[3]], state.replace(keys=None))
 
 
-def test_a_temperature_below_zero():
-  with pytest.raises(UserError, match="temperature is -0.5: use 0"):
-    next(model().generate("text", temperature=-0.5))
-
-
 def test_a_state_of_another_number_of_rows():
   with pytest.raises(UserError, match="the state 2 rows"):
     model()([[3]], model().init_state(2))
-  with pytest.raises(UserError, match="the state 2 rows"):
+  with pytest.raises(UserError, match="the state has 2 rows and the text 1"):
     model().read("text", model().init_state(2))
+  with pytest.raises(UserError, match="the state has 2 rows"):
+    model().generate("text", state=model().init_state(2))
 
 
 @KINDS
-def test_chunks_from_within_a_block_equal_one_call(kind):
-  """9 tokens, then 3 to the boundary, 8 blocks in a call, and 9; then 3 to the boundary again."""
+def test_reading_text_on_and_on_equals_one_call(kind):
+  """From within a block, over a chunk of eight blocks, and a rest."""
   first, text = TEXT[:9], TEXT[9:53]
-  assert len(text) == 3 + 8 * N + 9
   _, state = model(kind).read(first)
   logits, state = model(kind).read(text, state)
-  close(logits, last_logits(kind, tiny.BYTES.encode(first + text)))
+  assert logits.shape == (1, 259) and logits.dtype == jnp.float32
+  close(logits[0], last_logits(kind, tiny.BYTES.encode(first + text)))
   assert state.position.tolist() == [53]
-  logits, ended = model(kind).read("!!!", state)
-  close(logits, last_logits(kind, tiny.BYTES.encode(first + text + "!!!")))
+  reading = model(kind).read(tiny.BYTES.encode("!!!"), state)
+  close(reading.logits[0], last_logits(kind, tiny.BYTES.encode(first + text + "!!!")))
   _, at_once = whole(kind, tiny.BYTES.encode(first + text + "!!!"))
-  assert_same_memory(ended, at_once)
+  assert_same_memory(reading.state, at_once)
 
 
-@KINDS
-def test_greedy_text_is_that_of_reading_all_of_it_anew_for_every_token(kind):
-  prompt, steps = TEXT[:9], 3 * N + 2  # From within block 2 to within block 5.
-  picked = []
-
-  class Watched(Model):
-    """Notes the tokens that it reads."""
-
-    def __call__(self, tokens, state):
-      picked.extend(np.asarray(tokens)[0].tolist())
-      return super().__call__(tokens, state)
-
-  watched = Watched(model(kind).decoder, tiny.BYTES)
-  for _ in watched.generate(prompt, max_new_tokens=steps + 1):
-    pass
-  tokens = tiny.BYTES.encode(prompt)
-  assert picked[: len(tokens)] == tokens and len(picked) == len(tokens) + steps
-  for _ in range(steps):
-    tokens.append(int(last_logits(kind, tokens).argmax()))
-  assert picked == tokens and len(set(tokens[9:])) > 2
+def test_a_text_is_scored_token_by_token():
+  score = model().score(TEXT)
+  logits, _ = whole("fam", tiny.BYTES.encode(TEXT)[:56])
+  expected = jax.nn.log_softmax(logits)[np.arange(55), score.tokens[1:56]]
+  close(score.log_probs[1:56], expected)
+  assert score.tokens.tolist() == tiny.BYTES.encode(TEXT) and np.isnan(score.log_probs[0])
+  assert_same_memory(score.reading, model().read(TEXT))
+  # After a reading the first token is scored as well; a state alone does not say what comes next.
+  reading = model().read(TEXT[:20])
+  rest = model().score(TEXT[20:], reading)
+  close(rest.log_probs, score.log_probs[20:])
+  rest = model().score(TEXT[20:], reading.state)
+  assert np.isnan(rest.log_probs[0])
+  close(rest.log_probs[1:], score.log_probs[21:])
 
 
-def test_a_seed_gives_its_text_again_and_another_seed_another():
-  text = lambda seed, heat=1.0: "".join(
-      model().generate(TEXT[:9], max_new_tokens=12, temperature=heat, seed=seed)
-  )
-  assert text(3) == text(3) != text(4)
-  assert text(3, 0.0) == text(4, 0.0)
-
-
-def test_generation_goes_on_from_a_state():
-  pieces = lambda *arguments, **options: list(
-      model().generate(*arguments, max_new_tokens=9, **options)
-  )
-  _, state = model().read(TEXT[:9])
-  assert pieces(TEXT[9:21], state=state) == pieces(TEXT[:21])
-  assert pieces(TEXT[9:21], state=state) == pieces(TEXT[:21])  # nothing of the state was used up
-
-
-class Scripted(Model):
-  """Writes one text, whatever it reads, and notes how much it has read."""
-
-  def __init__(self, ids, prompt):
-    super().__init__(model().decoder, tiny.BYTES)
-    self.ids, self.prompt = ids, prompt
-
-  def __call__(self, tokens, state):
-    state = state.replace(position=state.position + tokens.shape[1])
-    self.read_tokens = int(state.position[0])
-    at = max(0, self.read_tokens - len(self.prompt))
-    return jnp.zeros((1, tokens.shape[1], 259)).at[:, :, self.ids[at]].set(9.0), state
-
-
-def test_pieces_are_whole_characters_until_the_end_symbol():
-  text = "a\u00e9 \u20ac\U0001f600!"
-  scripted = Scripted([*tiny.BYTES.encode(text), tiny.BYTES.eos_id, *tiny.BYTES.encode("no")], "P")
-  assert list(scripted.generate("P")) == list(text)
-  # Cut within the third character of more than one byte, it is left out.
-  for limit, written in enumerate(["", "a", "a", "a\u00e9", *[text[:3]] * 3, text[:4]]):
-    assert "".join(scripted.generate("P", max_new_tokens=limit)) == written
-    assert scripted.read_tokens == max(limit, 1)  # The last token is not read in vain.
-
-
-def test_padding_gives_no_piece_and_bytes_that_are_no_character_are_replaced():
-  ids = [tiny.BYTES.pad_id, 3 + 0xFF, *tiny.BYTES.encode("b"), tiny.BYTES.eos_id]
-  assert list(Scripted(ids, "P").generate("P")) == ["\ufffdb"]
-
-
-@pytest.mark.parametrize("start", [lambda: model().read(""), lambda: next(model().generate(""))])
-def test_an_empty_prompt(start):
-  with pytest.raises(UserError, match="the prompt is empty"):
-    start()
+@pytest.mark.parametrize("call", ["read", "score"])
+def test_texts_that_cannot_be_read(call):
+  for text, message in (("", "is empty"), ([], "is empty"), ([300], "token 300 is outside")):
+    with pytest.raises(UserError, match=message):
+      getattr(model(), call)(text)
