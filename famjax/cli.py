@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-  for add in (_add_train, _add_eval, _add_study):
+  for add in (_add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat):
     add(commands)
   return parser
 
@@ -138,6 +138,96 @@ def _study(arguments: argparse.Namespace) -> int:
   configuration.configure(arguments.gin_file, ["RUN_DIR=none", *arguments.gin])
   configuration.study_from_gin(arguments.gin_file, arguments.gin)
   return 0
+
+
+def _add_generate(commands) -> None:
+  parser = commands.add_parser(
+      "generate", help="go on from a prompt, a file, or standard input",
+      description="Reads a text of any length in constant memory and writes what comes next."
+      ' Example: famjax generate runs/quickstart/fam-0 --prompt="The pass key is"',
+  )  # fmt: skip
+  _add_model(parser)
+  parser.add_argument("--prompt", metavar="TEXT", help="text to read first")
+  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file to read first; - is standard input")
+  parser.add_argument(
+      "--jsonl", metavar="FILE",
+      help='a request a line, {"prompt": "...", "temperature": 0.7}; writes a line for each',
+  )  # fmt: skip
+  parser.add_argument(
+      "--batch_size", type=int, default=8, metavar="B", help="lines of --jsonl side by side"
+  )
+  _add_session(parser)
+  _add_sampling(parser)
+  parser.set_defaults(run=_inference("generate"))
+
+
+def _add_score(commands) -> None:
+  parser = commands.add_parser(
+      "score", help="say how probable a text is",
+      description="Reads a text of any length in constant memory, and says how well it was foreseen."
+      " Example: famjax score runs/books --file=book.txt",
+  )  # fmt: skip
+  _add_model(parser)
+  parser.add_argument("--text", metavar="TEXT", help="the text")
+  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
+  parser.add_argument("--tokens", action="store_true", help="a JSON line for every token")
+  parser.set_defaults(run=_inference("score"))
+
+
+def _add_chat(commands) -> None:
+  parser = commands.add_parser(
+      "chat", help="talk with a model that remembers all of it in constant memory",
+      description="Every line is read after all that was read and written before; /help in it lists"
+      " its commands.",
+  )  # fmt: skip
+  _add_model(parser)
+  parser.add_argument(
+      "--turn", default="{}\n", metavar="TEXT",
+      help="what the model reads for a line that is typed, {}; such as 'User: {}\\nModel:'",
+  )  # fmt: skip
+  _add_session(parser)
+  _add_sampling(parser)
+  parser.set_defaults(run=_inference("chat"))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("model", metavar="MODEL", help="directory of a run or of a checkpoint")
+
+
+def _add_session(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+      "--session", metavar="DIR",
+      help="what is remembered is taken up from this directory and saved there afterwards",
+  )  # fmt: skip
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+  for name, kind, default, text in (
+      ("max_new_tokens", int, 100, "at most so many tokens"),
+      ("temperature", float, 0.0, "0 takes the likeliest token"),
+      ("top_k", int, 0, "only the k likeliest tokens; 0: all"),
+      ("top_p", float, 1.0, "only the likeliest tokens that together reach p; 1: all"),
+      ("min_p", float, 0.0, "only tokens at least so probable, beside the likeliest; 0: all"),
+      ("repetition_penalty", float, 1.0, "above 1: tokens that were there before are less likely"),
+      ("seed", int, 0, "the same seed gives the same text"),
+  ):
+    parser.add_argument(
+        f"--{name}", type=kind, default=default, metavar="N", help=f"{text} ({default})"
+    )
+  parser.add_argument(
+      "--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated"
+  )
+
+
+def _inference(name: str):
+  def run(arguments: argparse.Namespace) -> int:
+    if arguments.gin:
+      raise UserError(f"--gin.{arguments.gin[0]}: {name} is not configured by gin; see --help")
+    from famjax.inference import commands  # pylint: disable=import-outside-toplevel
+
+    return getattr(commands, name)(arguments)
+
+  return run
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import hashlib
 from typing import NamedTuple
 
 from flax import nnx
@@ -78,9 +79,18 @@ class Model:
     """`[F, D]`, the FAM prompt; None for a model without one."""
     return self.decoder.fam_prompt[...] if hasattr(self.decoder, "fam_prompt") else None
 
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """16 hex digits that stand for the values of all weights."""
+    return _fingerprint(self._params)
+
+  def start(self, batch_size: int = 1) -> Reading:
+    """Rows that have read nothing; what comes next is not known."""
+    return self._engine.start(batch_size)
+
   def init_state(self, batch_size: int = 1) -> State:
     """The state of rows that have read nothing."""
-    return self._engine.start(batch_size).state
+    return self.start(batch_size).state
 
   def __call__(self, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
     """Reads `tokens` int32 `[B, S]`, S of any length, after what `state` remembers.
@@ -252,7 +262,7 @@ class Model:
 
   def _reading(self, state: State | Reading | None, batch_size: int) -> Reading:
     if state is None:
-      return self._engine.start(batch_size)
+      return self.start(batch_size)
     reading = state if isinstance(state, Reading) else None
     state = state.state if reading else state
     self._check_state(state)
@@ -261,7 +271,7 @@ class Model:
           f"the state has {state.position.shape[0]} rows and the text {batch_size}: give one row of"
           " text for each"
       )
-    return reading or self._engine.start(batch_size).replace(state=state)
+    return reading or self.start(batch_size).replace(state=state)
 
   def _check_tokens(self, tokens: np.ndarray) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
@@ -334,3 +344,12 @@ def assemble(
       )
   decoder = nnx.merge(graphdef, adopt(fresh, params, seed=0))
   return Model(decoder, load_vocabulary(loaded.vocabulary))
+
+
+def _fingerprint(params) -> str:
+  """16 hex digits that stand for the values of all parameters."""
+  digest = hashlib.blake2b(digest_size=8)
+  for path, value in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()

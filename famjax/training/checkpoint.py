@@ -148,7 +148,7 @@ class Checkpoints:
         raise
       except Exception as error:  # pylint: disable=broad-exception-caught
         # A cut file raises anything.
-        skipped[path] = f"checkpoint {path} is not whole ({_reason(error)})"
+        skipped[path] = f"checkpoint {path} is not whole ({reason(error)})"
         continue
       for broken in skipped:
         broken.rename(_free_name(broken))
@@ -174,7 +174,7 @@ def read_about(path: pathlib.Path) -> About:
   """Reads what one step's directory says about itself; raises if it is not a whole checkpoint."""
   if not (path / _MARKER).is_file():
     raise FileNotFoundError(f"{_MARKER} is missing")
-  with _quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
+  with quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
     data = checkpointer.checkpointables_metadata(int(path.name)).custom_metadata
   if not data:
     raise ValueError("its metadata cannot be read")
@@ -231,7 +231,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
     except UserError:
       raise
     except Exception as error:  # pylint: disable=broad-exception-caught
-      reasons.append(f"step {step} is not whole ({_reason(error)})")
+      reasons.append(f"step {step} is not whole ({reason(error)})")
   why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
 
@@ -304,7 +304,7 @@ def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  with _quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
+  with quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
     return checkpointer.load_checkpointables(int(path.name), jax.tree.map(abstract, items))
 
 
@@ -318,7 +318,7 @@ def _with_empty(template, tree):
   return jax.tree.map(lambda t, x: x if t.size else jnp.zeros(t.shape, t.dtype), template, tree)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
   """The first line of what began a chain of exceptions."""
   while error.__cause__ or error.__context__:
     error = error.__cause__ or error.__context__
@@ -327,7 +327,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
   """Keeps Orbax from logging what is raised, and turned into one line, anyway."""
   # A load that fails leaves the rest of its reads unstarted, and Python says so at some later time.
   warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler", RuntimeWarning)

@@ -1,0 +1,275 @@
+"""What `famjax generate`, `score` and `chat` do with their arguments; cli.py says what these are."""
+
+import argparse
+from collections.abc import Iterator
+import contextlib
+import json
+import math
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+
+from famjax.errors import UserError
+from famjax.inference import session
+from famjax.inference.engine import Reading
+from famjax.inference.generation import Request
+from famjax.inference.model import Model, load
+from famjax.inference.sampling import Sampling
+from famjax.model.state import num_bytes
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_QUIET_BELOW = 20_000  # tokens; what is read sooner than anybody looks shows no progress
+
+
+def generate(arguments: argparse.Namespace) -> int:
+  """Writes what comes after a prompt, or after each of many."""
+  if arguments.jsonl:
+    return _generate_many(arguments)
+  model = load(arguments.model)
+  after = session.load(arguments.session, model) if arguments.session else None
+  prompt = _text(arguments.prompt, arguments.file, needed=after is None)
+  with _progress(len(prompt)) as progress:
+    stream = model.generate(
+        prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, state=after,
+        progress=progress, **{name: getattr(arguments, name) for name in _SAMPLING},
+    )  # fmt: skip
+  with _interrupts() as asked:
+    for piece in stream:
+      print(piece, end="", flush=True)
+      if asked:
+        break
+    print(flush=True)
+    if arguments.session:
+      session.save(arguments.session, stream.reading, model)
+  return 130 if asked else 0
+
+
+def _generate_many(arguments: argparse.Namespace) -> int:
+  """Reads a request from every line of a file, and writes a line for each, in the same order."""
+  if arguments.session or arguments.prompt is not None or arguments.file:
+    raise UserError("--jsonl has its prompts in a file: leave out the session, prompt and file")
+  if arguments.batch_size < 1:
+    raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1")
+  defaults = {name: getattr(arguments, name) for name in (*_SAMPLING, "max_new_tokens", "stop")}
+  lines = list(_requests(arguments.jsonl, defaults))
+  model = load(arguments.model)
+  for first in range(0, len(lines), arguments.batch_size):
+    some = lines[first : first + arguments.batch_size]
+    done = model.complete([prompt for prompt, _ in some], [request for _, request in some])
+    for (prompt, _), row in zip(some, done):
+      line = {"prompt": prompt, "text": row.text, "tokens": len(row.tokens), "reason": row.reason}
+      print(json.dumps(line, ensure_ascii=False), flush=True)
+  return 0
+
+
+def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
+  """Prompts and requests of a file of JSON lines, each checked before anything is written."""
+  for number, line in enumerate(_text(None, path, needed=True).splitlines(), 1):
+    where = f"{path}, line {number}"
+    if not line.strip():
+      continue
+    try:
+      given = json.loads(line)
+    except ValueError as error:
+      raise UserError(f"{where} is no JSON ({error}): one object a line") from None
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+      raise UserError(f'{where}: give an object with a prompt, as {{"prompt": "Once upon"}}')
+    unknown = sorted(set(given) - {"prompt", *defaults})
+    if unknown:
+      raise UserError(f"{where}: {unknown[0]!r} is unknown; there is {', '.join(defaults)}")
+    if not given["prompt"]:
+      raise UserError(f"{where}: the prompt is empty")
+    values = defaults | {name: value for name, value in given.items() if name != "prompt"}
+    try:
+      settings = Sampling(**{name: values[name] for name in _SAMPLING})
+      request = Request(values["max_new_tokens"], settings, tuple(values["stop"]))
+      request.validate(sys.maxsize)
+    except (UserError, TypeError) as error:
+      raise UserError(f"{where}: {error}") from None
+    yield given["prompt"], request
+
+
+def score(arguments: argparse.Namespace) -> int:
+  """Says how probable a text is."""
+  model = load(arguments.model)
+  text = _text(arguments.text, arguments.file, needed=True)
+  with _progress(len(text)) as progress:
+    result = model.score(text, progress=progress)
+  known = result.log_probs[~np.isnan(result.log_probs)].astype(np.float64)
+  if arguments.tokens:
+    for token, value in zip(result.tokens.tolist(), result.log_probs.tolist()):
+      line = {
+          "token": token,
+          "text": model.vocabulary.decode([token]),
+          "log_prob": None if math.isnan(value) else round(value, 6),
+      }
+      print(json.dumps(line, ensure_ascii=False))
+    return 0
+  bits = -known.sum() / math.log(2)
+  per_token = -known.mean() if known.size else math.nan
+  print(f"tokens             {len(result.tokens):,} ({known.size:,} of them predicted)")
+  print(f"nats per token     {per_token:.4f}")
+  print(f"perplexity         {math.exp(min(per_token, 700)):.4f}")
+  print(f"bits per byte      {bits / len(text.encode()):.4f}")
+  return 0
+
+
+_HELP = """\
+/save DIR   put what was read aside        /load DIR   take it up again
+/reset      forget everything              /memory     size and age of what is remembered
+/help       this                           /quit       end (also Ctrl-D)"""
+
+
+def chat(arguments: argparse.Namespace) -> int:
+  """Talks: every line that is typed is read after all that was read and written before."""
+  with contextlib.suppress(ImportError):  # gives input() a history and an editor
+    import readline  # noqa: F401  # pylint: disable=unused-import,import-outside-toplevel
+  model = load(arguments.model)
+  reading = session.load(arguments.session, model) if arguments.session else None
+  settings = {name: getattr(arguments, name) for name in _SAMPLING}
+  print("/help lists the commands")
+  while True:
+    try:
+      line = input("> ")
+    except EOFError:
+      print()
+      break
+    except KeyboardInterrupt:
+      print()
+      continue
+    try:
+      if line.startswith("/"):
+        command, _, place = line[1:].partition(" ")
+        if command == "quit":
+          break
+        reading = _command(command, place.strip(), reading, model)
+        continue
+      prompt = arguments.turn.replace("{}", line)
+      if not model.vocabulary.encode(prompt):
+        continue
+      with _progress(len(prompt)) as progress:
+        stream = model.generate(
+            prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, state=reading,
+            progress=progress, **settings,
+        )  # fmt: skip
+      with _interrupts() as asked:
+        for piece in stream:
+          print(piece, end="", flush=True)
+          if asked:
+            break
+      print()
+      reading = stream.reading
+    except UserError as error:
+      print(f"famjax: error: {error}", file=sys.stderr)
+  if arguments.session and reading is not None:
+    session.save(arguments.session, reading, model)
+  return 0
+
+
+def _command(name: str, place: str, reading: Reading | None, model: Model) -> Reading | None:
+  """Obeys one command of a chat; returns what is remembered then."""
+  if name in ("save", "load") and not place:
+    raise UserError(f"/{name} needs a directory: /{name} DIR")
+  if name == "save":
+    if reading is None:
+      raise UserError("nothing was read yet, so there is nothing to save")
+    session.save(place, reading, model)
+    print(f"saved in {place}")
+  elif name == "load":
+    loaded = session.load(place, model)
+    if loaded is None:
+      raise UserError(f"there is no session in {place}")
+    reading = loaded
+    print(f"{int(reading.state.position[0]):,} tokens were read before")
+  elif name == "reset":
+    reading = None
+    print("nothing is remembered")
+  elif name == "memory":
+    print(describe(reading, model))
+  elif name == "help":
+    print(_HELP)
+  else:
+    raise UserError(f"/{name} is unknown; /help lists the commands")
+  return reading
+
+
+def describe(reading: Reading | None, model: Model) -> str:
+  """Size and age of what one row remembers, in a few lines."""
+  memory = model.config.memory
+  state = (reading or model.start()).state
+  window = (memory.memory_segments + 1) * memory.block_size
+  lines = [
+      f"tokens read     {int(state.position[0]):,}",
+      f"state           {num_bytes(state):,} bytes, whatever was read",
+      f"window          up to {window:,} tokens: {memory.memory_segments} segments and a block of"
+      f" {memory.block_size:,}",
+  ]
+  if memory.length:
+    layers, _, length, width = state.fam.shape
+    lines.append(
+        f"FAM             {layers} layers x {length} vectors of {width}, written"
+        f" {int(state.fam_updates[0]):,} times"
+    )
+  return "\n".join(lines)
+
+
+def _text(text: str | None, path: str | None, *, needed: bool) -> str:
+  """The text that was given: as it is, from a file, or from standard input ("-")."""
+  if text is not None and path is not None:
+    raise UserError("a text and a file were given: leave one of them out")
+  if text is not None:
+    return text
+  if path is None:
+    if needed:
+      raise UserError("no text was given: add --prompt=TEXT or --file=FILE (- is standard input)")
+    return ""
+  try:
+    data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(
+        f"{'standard input' if path == '-' else path} is not UTF-8: byte {data[error.start]:#04x} at"
+        f" {error.start:,}; convert it, with iconv say"
+    ) from None
+
+
+@contextlib.contextmanager
+def _progress(characters: int):
+  """A function to tell of tokens that were read: a bar with tokens per second, on long texts."""
+  if characters < _QUIET_BELOW:
+    yield lambda tokens: None
+    return
+  if sys.stderr.isatty():
+    import tqdm  # pylint: disable=import-outside-toplevel
+
+    with tqdm.tqdm(desc="reading", unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
+      yield bar.update
+    return
+  started, read = time.time(), []
+  yield read.append
+  seconds = max(time.time() - started, 1e-6)
+  total = sum(read)
+  print(f"read {total:,} tokens, {total / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _interrupts():
+  """A list that is empty until Ctrl-C. A second one ends the process as it always does."""
+  asked = []
+
+  def note(signum, frame):
+    del signum, frame
+    asked.append(True)
+    signal.signal(signal.SIGINT, before)
+
+  before = signal.signal(signal.SIGINT, note)
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGINT, before)
