@@ -183,7 +183,7 @@ def _add_chat(commands) -> None:
   _add_model(parser)
   parser.add_argument(
       "--turn", default="{}\n", metavar="TEXT",
-      help="what the model reads for a line that is typed, {}; such as 'User: {}\\nModel:'",
+      help="what the model reads for a line that is typed, {}: 'User: {}\\nModel:', say",
   )  # fmt: skip
   _add_session(parser)
   _add_sampling(parser)
@@ -217,6 +217,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
       "--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated"
   )
+  parser.add_argument(
+      "--stop_token", dest="stop_tokens", action="append", type=int, default=[], metavar="ID",
+      help="a token that ends the text, as the vocabulary's end symbol does; may be repeated",
+  )  # fmt: skip
 
 
 def _inference(name: str):

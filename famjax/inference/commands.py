@@ -15,11 +15,12 @@ import numpy as np
 from famjax.errors import UserError
 from famjax.inference import session
 from famjax.inference.engine import Reading
-from famjax.inference.generation import Request
+from famjax.inference.generation import Request, Stream
 from famjax.inference.model import Model, load
 from famjax.inference.sampling import Sampling
 from famjax.model.state import num_bytes
 
+_LIMITS = ("max_new_tokens", "stop", "stop_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _QUIET_BELOW = 20_000  # tokens; what is read sooner than anybody looks shows no progress
 
@@ -33,18 +34,24 @@ def generate(arguments: argparse.Namespace) -> int:
   prompt = _text(arguments.prompt, arguments.file, needed=after is None)
   with _progress(len(prompt)) as progress:
     stream = model.generate(
-        prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, state=after,
-        progress=progress, **{name: getattr(arguments, name) for name in _SAMPLING},
+        prompt, state=after, progress=progress,
+        **{name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)},
     )  # fmt: skip
-  with _interrupts() as asked:
-    for piece in stream:
-      print(piece, end="", flush=True)
-      if asked:
-        break
-    print(flush=True)
+  try:
+    interrupted = _show(stream)
+  finally:  # also if nobody takes the text any more
     if arguments.session:
       session.save(arguments.session, stream.reading, model)
-  return 130 if asked else 0
+  return 130 if interrupted else 0
+
+
+def _show(stream: Stream) -> bool:
+  """Prints a text while it is written; True if Ctrl-C has ended it. A second one ends it at once."""
+  with _interrupts() as asked:
+    while stream.reason is None and not asked:
+      print(stream.round(), end="", flush=True)
+    print(stream.end(), flush=True)
+  return bool(asked)
 
 
 def _generate_many(arguments: argparse.Namespace) -> int:
@@ -53,7 +60,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
     raise UserError("--jsonl has its prompts in a file: leave out the session, prompt and file")
   if arguments.batch_size < 1:
     raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1")
-  defaults = {name: getattr(arguments, name) for name in (*_SAMPLING, "max_new_tokens", "stop")}
+  defaults = {name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)}
   lines = list(_requests(arguments.jsonl, defaults))
   model = load(arguments.model)
   for first in range(0, len(lines), arguments.batch_size):
@@ -67,7 +74,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
 
 def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
   """Prompts and requests of a file of JSON lines, each checked before anything is written."""
-  for number, line in enumerate(_text(None, path, needed=True).splitlines(), 1):
+  for number, line in enumerate(_text(None, path, needed=True).split("\n"), 1):
     where = f"{path}, line {number}"
     if not line.strip():
       continue
@@ -80,12 +87,14 @@ def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
     unknown = sorted(set(given) - {"prompt", *defaults})
     if unknown:
       raise UserError(f"{where}: {unknown[0]!r} is unknown; there is {', '.join(defaults)}")
-    if not given["prompt"]:
+    if not _check_text(given["prompt"], f"{where}: the prompt"):
       raise UserError(f"{where}: the prompt is empty")
     values = defaults | {name: value for name, value in given.items() if name != "prompt"}
     try:
       settings = Sampling(**{name: values[name] for name in _SAMPLING})
-      request = Request(values["max_new_tokens"], settings, tuple(values["stop"]))
+      request = Request(
+          values["max_new_tokens"], settings, values["stop"], values["stop_tokens"]
+      )
       request.validate(sys.maxsize)
     except (UserError, TypeError) as error:
       raise UserError(f"{where}: {error}") from None
@@ -108,12 +117,14 @@ def score(arguments: argparse.Namespace) -> int:
       }
       print(json.dumps(line, ensure_ascii=False))
     return 0
-  bits = -known.sum() / math.log(2)
+  unknown = model.vocabulary.decode(result.tokens[: len(result.tokens) - len(known)].tolist())
+  size = len(text.encode()) - len(unknown.encode())  # bytes of the tokens that were predicted
+  bits = -known.sum() / math.log(2) / size if size else math.nan
   per_token = -known.mean() if known.size else math.nan
   print(f"tokens             {len(result.tokens):,} ({known.size:,} of them predicted)")
   print(f"nats per token     {per_token:.4f}")
   print(f"perplexity         {math.exp(min(per_token, 700)):.4f}")
-  print(f"bits per byte      {bits / len(text.encode()):.4f}")
+  print(f"bits per byte      {bits:.4f}")
   return 0
 
 
@@ -124,82 +135,97 @@ _HELP = """\
 
 
 def chat(arguments: argparse.Namespace) -> int:
-  """Talks: every line that is typed is read after all that was read and written before."""
+  """Talks, and puts what was said aside, whatever has ended it."""
   with contextlib.suppress(ImportError):  # gives input() a history and an editor
     import readline  # noqa: F401  # pylint: disable=unused-import,import-outside-toplevel
+  if "{}" not in arguments.turn:
+    raise UserError(f"--turn={arguments.turn!r} has no {{}}, the place of the line that is typed")
   model = load(arguments.model)
-  reading = session.load(arguments.session, model) if arguments.session else None
-  settings = {name: getattr(arguments, name) for name in _SAMPLING}
-  print("/help lists the commands")
-  while True:
-    try:
-      line = input("> ")
-    except EOFError:
-      print()
-      break
-    except KeyboardInterrupt:
-      print()
-      continue
-    try:
-      if line.startswith("/"):
-        command, _, place = line[1:].partition(" ")
-        if command == "quit":
-          break
-        reading = _command(command, place.strip(), reading, model)
-        continue
-      prompt = arguments.turn.replace("{}", line)
-      if not model.vocabulary.encode(prompt):
-        continue
-      with _progress(len(prompt)) as progress:
-        stream = model.generate(
-            prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop, state=reading,
-            progress=progress, **settings,
-        )  # fmt: skip
-      with _interrupts() as asked:
-        for piece in stream:
-          print(piece, end="", flush=True)
-          if asked:
-            break
-      print()
-      reading = stream.reading
-    except UserError as error:
-      print(f"famjax: error: {error}", file=sys.stderr)
-  if arguments.session and reading is not None:
-    session.save(arguments.session, reading, model)
+  before = session.load(arguments.session, model) if arguments.session else None
+  talk = Chat(model, before or model.start(), arguments)
+  try:
+    talk.run()
+  finally:
+    if arguments.session and talk.reading is not before:
+      session.save(arguments.session, talk.reading, model)
   return 0
 
 
-def _command(name: str, place: str, reading: Reading | None, model: Model) -> Reading | None:
-  """Obeys one command of a chat; returns what is remembered then."""
-  if name in ("save", "load") and not place:
-    raise UserError(f"/{name} needs a directory: /{name} DIR")
-  if name == "save":
-    if reading is None:
-      raise UserError("nothing was read yet, so there is nothing to save")
-    session.save(place, reading, model)
-    print(f"saved in {place}")
-  elif name == "load":
-    loaded = session.load(place, model)
-    if loaded is None:
-      raise UserError(f"there is no session in {place}")
-    reading = loaded
-    print(f"{int(reading.state.position[0]):,} tokens were read before")
-  elif name == "reset":
-    reading = None
-    print("nothing is remembered")
-  elif name == "memory":
-    print(describe(reading, model))
-  elif name == "help":
-    print(_HELP)
-  else:
-    raise UserError(f"/{name} is unknown; /help lists the commands")
-  return reading
+class Chat:
+  """A talk: every line that is typed is read after all that was read and written before.
+
+  Attributes:
+    reading: where it stands.
+  """
+
+  def __init__(self, model: Model, reading: Reading, arguments: argparse.Namespace):
+    self.reading = reading
+    self._model, self._arguments = model, arguments
+
+  def run(self) -> None:
+    """Talks until the end of the input. Wrong input and Ctrl-C end a line, not the talk."""
+    print("/help lists the commands")
+    while True:
+      try:
+        line = input("> ")
+        if line == "/quit":
+          return
+        self.answer(line)
+      except EOFError:
+        print()
+        return
+      except KeyboardInterrupt:
+        print()
+      except (UserError, UnicodeDecodeError) as error:
+        print(f"famjax: error: {error}", file=sys.stderr)
+
+  def answer(self, line: str) -> None:
+    """Obeys a command, or reads a line and writes what comes next."""
+    if line.startswith("/"):
+      name, _, place = line[1:].partition(" ")
+      self._obey(name, place.strip())
+      return
+    prompt = self._arguments.turn.replace("\\n", "\n").replace("{}", line)
+    _check_text(prompt, "the line")
+    if not self._model.vocabulary.encode(prompt):
+      return
+    with _progress(len(prompt)) as progress:
+      stream = self._model.generate(
+          prompt, state=self.reading, progress=progress,
+          **{name: getattr(self._arguments, name) for name in (*_SAMPLING, *_LIMITS)},
+      )  # fmt: skip
+    try:
+      _show(stream)
+    finally:
+      self.reading = stream.reading
+
+  def _obey(self, name: str, place: str) -> None:
+    if name in ("save", "load") and not place:
+      raise UserError(f"/{name} needs a directory: /{name} DIR")
+    if name == "save":
+      session.save(place, self.reading, self._model)
+      print(f"saved in {place}")
+    elif name == "load":
+      loaded = session.load(place, self._model)
+      if loaded is None:
+        raise UserError(f"there is no session in {place}")
+      self.reading = loaded
+      print(f"{int(loaded.state.position[0]):,} tokens were read before")
+    elif name == "reset":
+      self.reading = self._model.start()
+      print("nothing is remembered")
+    elif name == "memory":
+      print(describe(self.reading, self._model))
+    elif name == "help":
+      print(_HELP)
+    else:
+      raise UserError(f"/{name} is unknown; /help lists the commands")
 
 
-def describe(reading: Reading | None, model: Model) -> str:
+def describe(reading: Reading, model: Model) -> str:
   """Size and age of what one row remembers, in a few lines."""
   memory = model.config.memory
-  state = (reading or model.start()).state
+  state = reading.state
   window = (memory.memory_segments + 1) * memory.block_size
   lines = [
       f"tokens read     {int(state.position[0]):,}",
@@ -221,10 +247,10 @@ def _text(text: str | None, path: str | None, *, needed: bool) -> str:
   if text is not None and path is not None:
     raise UserError("a text and a file were given: leave one of them out")
   if text is not None:
-    return text
+    return _check_text(text, "the text")
   if path is None:
     if needed:
-      raise UserError("no text was given: add --prompt=TEXT or --file=FILE (- is standard input)")
+      raise UserError("no text was given: name one, or a file: --file=FILE (- is standard input)")
     return ""
   try:
     data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
@@ -237,6 +263,15 @@ def _text(text: str | None, path: str | None, *, needed: bool) -> str:
         f"{'standard input' if path == '-' else path} is not UTF-8: byte {data[error.start]:#04x} at"
         f" {error.start:,}; convert it, with iconv say"
     ) from None
+
+
+def _check_text(text: str, what: str) -> str:
+  """The text, unless it holds what no character is: bytes that a shell passed on, half of a pair."""
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise UserError(f"{what} is not UTF-8 at character {error.start:,}; convert it") from None
+  return text
 
 
 @contextlib.contextmanager

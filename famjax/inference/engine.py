@@ -24,6 +24,7 @@ from famjax.training.loss import token_log_probs
 
 CHUNK_BLOCKS = 8  # blocks that are read in one call
 STEPS = 16  # tokens that are written in one call
+TAIL = 8  # tokens
 _SHORTEST = 16  # tokens of the shortest piece within a block; a shorter one is padded
 
 
@@ -34,10 +35,13 @@ class Reading:
   Attributes:
     logits: float32 `[B, V]` of the next token. Zeros for a row that has read nothing.
     state: of the rows.
+    tail: int32 `[B, TAIL]`, the last tokens that were read, which the next character may depend on;
+      -1 where there are none.
   """
 
   logits: jax.Array
   state: State
+  tail: jax.Array
 
   def __iter__(self):
     return iter((self.logits, self.state))
@@ -52,9 +56,9 @@ class Written(NamedTuple):
     stopped: bool `[B]`, the row came to a stop token, which is neither written nor read.
   """
 
-  tokens: np.ndarray
-  count: np.ndarray
-  stopped: np.ndarray
+  tokens: jax.Array
+  count: jax.Array
+  stopped: jax.Array
 
 
 class Piece(NamedTuple):
@@ -74,7 +78,7 @@ def pieces(positions: np.ndarray, lengths: np.ndarray, N: int) -> Iterator[Piece
     N: block size.
 
   Yields:
-    Pieces; a piece that is not `within` a block starts at a block boundary in all of its rows.
+    Pieces; a piece that is not `within` a block starts at a block boundary in all rows that read.
   """
   slot, left = positions % N, lengths.copy()
   while left.any():
@@ -111,21 +115,22 @@ class Engine:
   def start(self, batch_size: int) -> Reading:
     """Rows that have read nothing."""
     state = self._initial(self._params, batch_size)
-    return Reading(jnp.zeros((batch_size, self.config.vocab_size), jnp.float32), state)
+    logits = jnp.zeros((batch_size, self.config.vocab_size), jnp.float32)
+    return Reading(logits, state, jnp.full((batch_size, TAIL), -1, jnp.int32))
 
   def read(
       self,
       rows: Sequence[np.ndarray],
       after: Reading,
       *,
-      progress: Callable[[int], None] = lambda tokens: None,
+      progress: Callable[[int], None] | None = None,
   ) -> Reading:
     """Reads on.
 
     Args:
       rows: int tokens of each row, of any length, none at all included.
       after: where the rows stand; it can be used again.
-      progress: is told after each piece how many tokens it had.
+      progress: is told of each piece, once it has been read, how many tokens it had.
 
     Returns:
       Where the rows stand then.
@@ -135,7 +140,9 @@ class Engine:
       reading = _read(
           self._graphdef, self._params, tokens, piece.counts, reading, within=piece.within
       )
-      progress(int(piece.counts.sum()))
+      if progress is not None:
+        jax.block_until_ready(reading)
+        progress(int(piece.counts.sum()))
     return reading
 
   def score(
@@ -143,7 +150,7 @@ class Engine:
       rows: Sequence[np.ndarray],
       after: Reading,
       *,
-      progress: Callable[[int], None] = lambda tokens: None,
+      progress: Callable[[int], None] | None = None,
   ) -> tuple[list[np.ndarray], Reading]:
     """Reads on, and says how probable each token was.
 
@@ -162,7 +169,8 @@ class Engine:
       scores = np.asarray(scores)
       for row, count in enumerate(piece.counts):
         said[row].append(scores[row, :count])
-      progress(int(piece.counts.sum()))
+      if progress is not None:
+        progress(int(piece.counts.sum()))
     said = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in said]
     for row in np.flatnonzero(np.asarray(after.state.position) == 0):
       said[row][:1] = np.nan
@@ -173,32 +181,27 @@ class Engine:
       after: Reading,
       seen: jax.Array,
       samplers: sampling.Samplers,
-      written: np.ndarray,
       limit: np.ndarray,
-      stop: np.ndarray,
-      *,
-      keep: bool = False,
+      stop: jax.Array,
   ) -> tuple[Written, Reading, jax.Array]:
     """Writes at most `STEPS` tokens in every row, and reads each of them.
 
     Args:
-      after: where the rows stand.
+      after: where the rows stand. It is given away, as `seen` is: copy what is needed again.
       seen: bool `[B, V]`, tokens that the repetition penalty is for.
       samplers: how each row picks.
-      written: int `[B]`, tokens that each row has written before.
       limit: int `[B]`, tokens that each row may write now, at most.
       stop: bool `[B, V]`, tokens that end a row; it ends before them.
-      keep: leave `after` and `seen` as they are, so that they can be used again.
 
     Returns:
-      What was written, where the rows stand then, and what they have seen.
+      What was written, where the rows stand then, and what they have seen. The device may still be
+      at work on all of it.
     """
-    function = _write_and_keep if keep else _write
-    *new, reading, seen = function(
-        self._graphdef, self._params, after, seen, samplers,
-        np.asarray(written, np.int32), np.asarray(limit, np.int32), stop,
-    )  # fmt: skip
-    return Written(*jax.device_get(new)), reading, seen
+    limit = np.asarray(limit, np.int32)
+    *new, reading, seen = _write(
+        self._graphdef, self._params, after, seen, samplers, limit, stop
+    )
+    return Written(*new), reading, seen
 
   def _cut(self, rows, after):
     """Pieces of what rows have to read, with their tokens `[B, size]`."""
@@ -224,11 +227,18 @@ def _last(model, hidden, counts, before):
   return jnp.where((counts > 0)[:, None], logits, before)
 
 
+def _tail(tail, tokens, counts):
+  """The last tokens of each row after `counts` more."""
+  both = jnp.concatenate([tail, tokens], axis=1)
+  return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (TAIL,)))(both, counts)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "within"), donate_argnames="reading")
 def _read(graphdef, params, tokens, counts, reading, *, within):
   model = nnx.merge(graphdef, params)
   hidden, state = _hidden(model, tokens, counts, reading.state, within)
-  return Reading(_last(model, hidden, counts, reading.logits), state)
+  logits = _last(model, hidden, counts, reading.logits)
+  return Reading(logits, state, _tail(reading.tail, tokens, counts))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "within"), donate_argnames="reading")
@@ -238,11 +248,13 @@ def _score(graphdef, params, tokens, counts, reading, *, within):
   following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
   inner = token_log_probs(model.logits, hidden, following)[:, :-1]
   first = jnp.take_along_axis(jax.nn.log_softmax(reading.logits), tokens[:, :1], axis=-1)
-  last = _last(model, hidden, counts, reading.logits)
-  return jnp.concatenate([first, inner], axis=1), Reading(last, state)
+  logits = _last(model, hidden, counts, reading.logits)
+  reading = Reading(logits, state, _tail(reading.tail, tokens, counts))
+  return jnp.concatenate([first, inner], axis=1), reading
 
 
-def _writing(graphdef, params, reading, seen, samplers, written, limit, stop):
+@functools.partial(jax.jit, static_argnums=0, donate_argnames=("reading", "seen"))
+def _write(graphdef, params, reading, seen, samplers, limit, stop):
   model = nnx.merge(graphdef, params)
   B = limit.shape[0]
   rows = jnp.arange(B)
@@ -256,25 +268,23 @@ def _writing(graphdef, params, reading, seen, samplers, written, limit, stop):
 
   def step(carry):
     i, tokens, count, stopped, reading, seen = carry
-    token = sampling.pick(reading.logits, seen, samplers, written + count)  # [B]
+    token = sampling.pick(reading.logits, seen, samplers, reading.state.position)  # [B]
     writes = active(count, stopped)
     stopped |= writes & stop[rows, token]
     writes &= ~stopped
     tokens = tokens.at[:, i].set(jnp.where(writes, token, 0))
     seen = seen.at[rows, token].max(writes)
-    hidden, state = model.hidden(token[:, None], reading.state, lengths=writes.astype(jnp.int32))
-    logits = jnp.where(writes[:, None], model.logits(hidden)[:, 0], reading.logits)
-    return i + 1, tokens, count + writes, stopped, Reading(logits, state), seen
+    one = writes.astype(jnp.int32)
+    hidden, state = model.hidden(token[:, None], reading.state, lengths=one)
+    logits = _last(model, hidden, one, reading.logits)
+    reading = Reading(logits, state, _tail(reading.tail, token[:, None], one))
+    return i + 1, tokens, count + one, stopped, reading, seen
 
   nothing = jnp.zeros((B, STEPS), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
   _, tokens, count, stopped, reading, seen = jax.lax.while_loop(
       more, step, (jnp.int32(0), *nothing, reading, seen)
   )
   return tokens, count, stopped, reading, seen
-
-
-_write_and_keep = jax.jit(_writing, static_argnums=0)
-_write = jax.jit(_writing, static_argnums=0, donate_argnames=("reading", "seen"))
 
 
 def _power_of_two(n: int) -> int:

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import numbers
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from famjax.data.vocabularies import Vocabulary
@@ -12,8 +15,6 @@ from famjax.inference.engine import STEPS, Engine, Reading
 from famjax.inference.sampling import Sampling
 from famjax.inference.text import TextWriter
 from famjax.model.state import State
-
-_CONTEXT = 8  # tokens before the text that its first character may depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +31,31 @@ class Request:
 
   max_new_tokens: int = 100
   sampling: Sampling = Sampling()
-  stop: tuple[str, ...] = ()
-  stop_tokens: tuple[int, ...] = ()
+  stop: str | Sequence[str] = ()
+  stop_tokens: int | Sequence[int] = ()
+
+  def __post_init__(self):
+    if isinstance(self.stop, str):
+      object.__setattr__(self, "stop", (self.stop,))
+    if isinstance(self.stop_tokens, numbers.Integral):
+      object.__setattr__(self, "stop_tokens", (self.stop_tokens,))
 
   def validate(self, vocab_size: int) -> None:
     """Raises UserError for a value that makes no sense."""
     self.sampling.validate()
-    if self.max_new_tokens < 0:
-      raise UserError(f"max_new_tokens is {self.max_new_tokens}: use 0 or more")
-    if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+    if not isinstance(self.max_new_tokens, numbers.Integral) or self.max_new_tokens < 0:
+      raise UserError(f"max_new_tokens is {self.max_new_tokens!r}: use a whole number, 0 or more")
+    if not all(isinstance(s, str) and s for s in self.stop):
       raise UserError(f"stop is {self.stop!r}: give a list of strings, none of them empty")
     for token in self.stop_tokens:
-      if not 0 <= token < vocab_size:
-        raise UserError(f"stop token {token} is outside the vocabulary of {vocab_size}")
+      if not isinstance(token, numbers.Integral) or not 0 <= token < vocab_size:
+        raise UserError(f"stop token {token!r} is outside the vocabulary of {vocab_size}")
 
 
 class Generation:
   """Rows that write, each after what it has read.
 
   Attributes:
-    reading: where the rows stand: what they have read and all that they have written. A row that a
-      stop string ended has read the tokens that made it whole.
     tokens: int tokens that each row has written.
     texts: of each row, so far.
     reasons: why each row ended: "length", "stop" or, while it goes on, None.
@@ -62,7 +67,7 @@ class Generation:
       vocabulary: Vocabulary,
       requests: Sequence[Request],
       reading: Reading,
-      prompts: Sequence[Sequence[int]],
+      prompts: Sequence[np.ndarray],
   ):
     """Takes rows that have read their prompts.
 
@@ -71,25 +76,34 @@ class Generation:
       vocabulary: of the text.
       requests: of each row.
       reading: after the prompts. It can be used again.
-      prompts: tokens that the repetition penalty is for, and that the text goes on from.
+      prompts: int tokens of each row that the repetition penalty is for, beside those written.
     """
-    self.reading = reading
+    self._reading = reading
     self.tokens: list[list[int]] = [[] for _ in requests]
     self.reasons: list[str | None] = [None if r.max_new_tokens else "length" for r in requests]
     self._engine, self._requests = engine, requests
     self._samplers = sampling.stack([r.sampling for r in requests])
     V = engine.config.vocab_size
-    self._seen = np.zeros((len(requests), V), bool)
-    for row, prompt in enumerate(prompts):
-      self._seen[row, list(prompt)] = True
-    self._stop = np.zeros((len(requests), V), bool)
-    for row, r in enumerate(requests):
-      self._stop[row, [vocabulary.eos_id, *r.stop_tokens]] = True
+    seen, stop = np.zeros((2, len(requests), V), bool)
+    for row, (request, prompt) in enumerate(zip(requests, prompts)):
+      seen[row, prompt] = True
+      stop[row, [vocabulary.eos_id, *request.stop_tokens]] = True
+    self._seen, self._stop = jnp.asarray(seen), jnp.asarray(stop)
+    tails = np.asarray(reading.tail)
     self._writers = [
-        TextWriter(vocabulary, r.stop, prompt[-_CONTEXT:]) for r, prompt in zip(requests, prompts)
+        TextWriter(vocabulary, r.stop, tail[tail >= 0].tolist()) for r, tail in zip(requests, tails)
     ]
-    self._shared = True  # `reading` is the caller's, and must not be given away
+    self._shared = True  # somebody else has `_reading`, so that it must not be given away
     self._steps = 1
+
+  @property
+  def reading(self) -> Reading:
+    """Where the rows stand: what they have read, and all that they have written.
+
+    A row that a stop string ended has read the tokens that made it whole.
+    """
+    self._shared = True
+    return self._reading
 
   @property
   def done(self) -> bool:
@@ -108,25 +122,24 @@ class Generation:
     left = np.array([r.max_new_tokens for r in self._requests]) - written
     going_on = np.array([reason is None for reason in self.reasons])
     limit = np.where(going_on, np.minimum(left, self._steps), 0)
-    keep = self._shared or any(r.stop for r in self._requests)
-    before = self.reading, self._seen
-
-    def write(limit, keep):
-      return self._engine.write(
-          *before, self._samplers, written, limit, self._stop, keep=keep
-      )
-
-    new, self.reading, self._seen = write(limit, keep)
+    may_return = any(request.stop for request in self._requests)
+    before, shared = (self._reading, self._seen), self._shared
+    given = jax.tree.map(jnp.copy, before) if shared or may_return else before
+    # What the rows remember moves on before anything waits: an interrupt finds it whole.
+    new, *after = self._engine.write(*given, self._samplers, limit, self._stop)
+    (self._reading, self._seen), self._shared = after, False
+    self._steps = min(2 * self._steps, STEPS)
+    new = jax.device_get(new)
     pieces = [""] * len(self.reasons)
     count = new.count.copy()
     for row in np.flatnonzero(going_on):
       writer = self._writers[row]
       for place, token in enumerate(new.tokens[row, : new.count[row]].tolist()):
+        self.tokens[row].append(token)
         pieces[row] += writer.push(token)
         if writer.stopped:
           count[row] = place + 1
           break
-      self.tokens[row] += new.tokens[row, : count[row]].tolist()
       if writer.stopped or new.stopped[row]:
         self.reasons[row] = "stop"
       elif left[row] == count[row]:
@@ -134,9 +147,15 @@ class Generation:
       if self.reasons[row]:
         pieces[row] += writer.end()
     if (count < new.count).any():  # the device went on after a stop string: again, as far as it
-      _, self.reading, self._seen = write(count, keep=True)
-    self._shared, self._steps = False, min(2 * self._steps, STEPS)
+      before = jax.tree.map(jnp.copy, before) if shared else before
+      _, self._reading, self._seen = self._engine.write(
+          *before, self._samplers, count, self._stop
+      )
     return pieces
+
+  def end(self) -> list[str]:
+    """Gives out what was held back, if no more is to be written."""
+    return [writer.end() for writer in self._writers]
 
 
 class Stream(Iterator[str]):
@@ -155,10 +174,17 @@ class Stream(Iterator[str]):
 
   def __next__(self) -> str:
     while not self._generation.done:
-      (piece,) = self._generation.round()
-      if piece:
+      if piece := self.round():
         return piece
     raise StopIteration
+
+  def round(self) -> str:
+    """Writes a few tokens; returns what the text has won, which may be nothing yet."""
+    return self._generation.round()[0]
+
+  def end(self) -> str:
+    """Gives out what was held back, if no more is to be written."""
+    return self._generation.end()[0]
 
   @property
   def text(self) -> str:

@@ -126,7 +126,7 @@ class Model:
       text: str | Sequence[int],
       state: State | Reading | None = None,
       *,
-      progress: Callable[[int], None] = lambda tokens: None,
+      progress: Callable[[int], None] | None = None,
   ) -> Reading:
     """Reads one row of text, or of tokens, in constant memory.
 
@@ -151,7 +151,7 @@ class Model:
       text: str | Sequence[int],
       state: State | Reading | None = None,
       *,
-      progress: Callable[[int], None] = lambda tokens: None,
+      progress: Callable[[int], None] | None = None,
   ) -> Score:
     """Says how probable every token of a text was, in constant memory.
 
@@ -183,10 +183,10 @@ class Model:
       min_p: float = 0.0,
       repetition_penalty: float = 1.0,
       seed: int = 0,
-      stop: Sequence[str] = (),
-      stop_tokens: Sequence[int] = (),
+      stop: str | Sequence[str] = (),
+      stop_tokens: int | Sequence[int] = (),
       state: State | Reading | None = None,
-      progress: Callable[[int], None] = lambda tokens: None,
+      progress: Callable[[int], None] | None = None,
   ) -> Stream:
     """Streams what comes after a prompt, until the vocabulary's end symbol.
 
@@ -207,7 +207,7 @@ class Model:
       UserError: nothing has been read, or a setting makes no sense.
     """
     settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    request = Request(max_new_tokens, settings, (stop,) if isinstance(stop, str) else tuple(stop), tuple(stop_tokens))
+    request = Request(max_new_tokens, settings, stop, stop_tokens)
     return Stream(self._generation([prompt], [request], state, progress))
 
   def complete(
@@ -228,7 +228,7 @@ class Model:
       raise UserError(f"{len(prompts)} prompts and {len(requests)} requests: give one for each")
     if not prompts:
       return []
-    generation = self._generation(prompts, requests, None, lambda tokens: None)
+    generation = self._generation(prompts, requests, None, None)
     while not generation.done:
       generation.round()
     return [
@@ -245,9 +245,7 @@ class Model:
       raise UserError("the prompt is empty: give at least one token of text")
     if any(row.size for row in rows):
       reading = self._engine.read(rows, reading, progress=progress)
-    return Generation(
-        self._engine, self.vocabulary, requests, reading, [row.tolist() for row in rows]
-    )
+    return Generation(self._engine, self.vocabulary, requests, reading, rows)
 
   def _tokens(self, text: str | Sequence[int]) -> np.ndarray:
     """int32 `[n]`, checked."""
@@ -266,6 +264,11 @@ class Model:
     reading = state if isinstance(state, Reading) else None
     state = state.state if reading else state
     self._check_state(state)
+    if reading and reading.logits.shape[1] != self.config.vocab_size:
+      raise UserError(
+          f"the reading is of another model: a vocabulary of {reading.logits.shape[1]}, and this"
+          f" model's is {self.config.vocab_size}"
+      )
     if state.position.shape[0] != batch_size:
       raise UserError(
           f"the state has {state.position.shape[0]} rows and the text {batch_size}: give one row of"

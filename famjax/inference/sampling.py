@@ -6,6 +6,7 @@ not code: no setting compiles anything anew.
 """
 
 import dataclasses
+import numbers
 
 from flax import struct
 import jax
@@ -38,9 +39,15 @@ class Sampling:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
+    for name in ("top_k", "seed"):
+      if not isinstance(getattr(self, name), numbers.Integral):
+        raise UserError(f"{name} is {getattr(self, name)!r}: use a whole number")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+      if not isinstance(getattr(self, name), numbers.Real):
+        raise UserError(f"{name} is {getattr(self, name)!r}: use a number")
     for name, fine, wanted in (
         ("temperature", 0 <= self.temperature < np.inf, "0 for the likeliest token, or more"),
-        ("top_k", self.top_k >= 0, "0 for all tokens, or more"),
+        ("top_k", 0 <= self.top_k < 2**31, "0 for all tokens, or more"),
         ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1"),
         ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
         ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "1 for none, or more"),
@@ -69,15 +76,15 @@ def stack(rows: list[Sampling]) -> Samplers:
   return Samplers(**{field.name: column(field.name) for field in dataclasses.fields(Sampling)})
 
 
-def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, index: jax.Array) -> jax.Array:
+def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, position: jax.Array) -> jax.Array:
   """The next token of every row.
 
   Args:
     logits: float32 `[B, V]`.
     seen: bool `[B, V]`, tokens that the penalty is for.
     samplers: of the rows.
-    index: int32 `[B]`, tokens that the row has written; a row's draw depends on its seed and on
-      this alone, and so not on the rows beside it.
+    position: int32 `[B]`, tokens that the row has read. A row's draw depends on its seed and on this
+      alone: not on the rows beside it, nor on how its writing was cut into calls.
 
   Returns:
     int32 `[B]`.
@@ -90,8 +97,8 @@ def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, index: jax.Arra
   def draw():
     heat = jnp.where(samplers.temperature > 0, samplers.temperature, 1)[:, None]
     left = truncated(logits / heat, samplers)
-    key = lambda seed, i: jax.random.fold_in(jax.random.key(seed), i)
-    drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(samplers.seed, index), left)
+    key = lambda seed, place: jax.random.fold_in(jax.random.key(seed), place)
+    drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(samplers.seed, position), left)
     return jnp.where(samplers.temperature > 0, drawn.astype(jnp.int32), greedy)
 
   return jax.lax.cond(jnp.any(samplers.temperature > 0), draw, lambda: greedy)

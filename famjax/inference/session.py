@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -15,9 +16,11 @@ import famjax
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
+from famjax.model.state import State
 from famjax.training.checkpoint import list_steps, quiet, reason
 
 FORMAT = 1  # raised when a State changes its meaning
+_STATE = tuple(field.name for field in dataclasses.fields(State))
 
 
 def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
@@ -29,11 +32,12 @@ def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
     model: whose reading it is.
 
   Raises:
-    UserError: it cannot be written; what was saved before is still there.
+    UserError: the directory holds something else, or it cannot be written; what was saved before
+      is still there.
   """
   directory = pathlib.Path(directory).absolute()
+  newest = _newest(directory) or 0
   try:
-    newest = max(list_steps(directory), default=0)
     policy = ocp.training.preservation_policies.LatestN(1)
     with quiet(), ocp.training.Checkpointer(directory, preservation_policy=policy) as saver:
       saver.save_checkpointables(
@@ -41,7 +45,7 @@ def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
       )
   except Exception as error:  # a full disk, a place where nothing can be written
     raise UserError(
-        f"session {directory} cannot be saved ({reason(error)}); what it held before is still"
+        f"session {directory} cannot be saved ({reason(error)}); whatever it held before is still"
         " there: make room, or name another directory"
     ) from error
 
@@ -60,39 +64,66 @@ def load(directory: str | pathlib.Path, model: Model) -> Reading | None:
     UserError: another model, configuration or version made it, or it cannot be read.
   """
   directory = pathlib.Path(directory).absolute()
-  steps = list_steps(directory)
-  if not steps:
-    if directory.is_dir() and any(directory.iterdir()):
-      raise UserError(f"session {directory} is a directory of something else: name another one")
-    if directory.exists() and not directory.is_dir():
-      raise UserError(f"session {directory} is a file: name a directory")
+  newest = _newest(directory)
+  if newest is None:
     return None
+  saved = _metadata(directory, newest)
+  _check(directory, saved, model)
   try:
     with quiet(), ocp.training.Checkpointer(directory) as loader:
-      saved = loader.checkpointables_metadata(steps[-1]).custom_metadata
-      _check(directory, saved, model)
       template = jax.eval_shape(lambda: model.start(saved["rows"]))
       sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       wanted = jax.tree.map(
           lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _arrays(template)
       )
-      arrays = loader.load_checkpointables(steps[-1], {"reading": wanted})["reading"]
-  except UserError:
-    raise
+      arrays = loader.load_checkpointables(newest, {"reading": wanted})["reading"]
   except Exception as error:  # a cut file raises anything
+    raise _unreadable(directory, error) from error
+  # By way of the host: an array that Orbax has placed compiles everything that takes it once more.
+  arrays = {name: jnp.asarray(np.asarray(x)) for name, x in arrays.items()}
+  whole = {name: arrays.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in _named(template)}
+  return Reading(
+      whole.pop("logits"), template.state.replace(**{n: whole[n] for n in _STATE}), whole["tail"]
+  )
+
+
+def _newest(directory: pathlib.Path) -> int | None:
+  """The newest save of a session's directory; None if there is none, and no other thing either."""
+  if directory.exists() and not directory.is_dir():
+    raise UserError(f"session {directory} is a file: name a directory")
+  steps = list_steps(directory)
+  known = {str(step) for step in steps}
+  # A save that was killed leaves a directory beside its final place.
+  names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+  other = [name for name in names if name not in known and ".orbax-checkpoint-tmp" not in name]
+  if other or (steps and "format" not in (_metadata(directory, steps[-1]) or {})):
     raise UserError(
-        f"session {directory} cannot be read ({reason(error)}): delete it to begin anew"
-    ) from error
-  filled = lambda x, name: jax.numpy.zeros(x.shape, x.dtype) if not x.size else arrays[name]
-  fields = [f.name for f in dataclasses.fields(template.state)]
-  state = template.state.replace(**{n: filled(getattr(template.state, n), n) for n in fields})
-  return Reading(arrays["logits"], state)
+        f"session {directory} is a directory of something else ({(other or names)[0]}): name another"
+        " one"
+    )
+  return steps[-1] if steps else None
+
+
+def _metadata(directory: pathlib.Path, step: int) -> dict | None:
+  try:
+    with quiet(), ocp.training.Checkpointer(directory) as loader:
+      return loader.checkpointables_metadata(step).custom_metadata
+  except Exception as error:
+    raise _unreadable(directory, error) from error
+
+
+def _unreadable(directory: pathlib.Path, error: Exception) -> UserError:
+  return UserError(f"session {directory} cannot be read ({reason(error)}): delete it to begin anew")
 
 
 def _arrays(reading: Reading) -> dict[str, jax.Array]:
   """A reading's arrays by name; Orbax takes none of size 0, which a FAM of length 0 is."""
-  named = {f.name: getattr(reading.state, f.name) for f in dataclasses.fields(reading.state)}
-  return {"logits": reading.logits, **{name: x for name, x in named.items() if x.size}}
+  return {name: x for name, x in _named(reading) if x.size}
+
+
+def _named(reading: Reading) -> list[tuple[str, jax.Array]]:
+  state = [(name, getattr(reading.state, name)) for name in _STATE]
+  return [("logits", reading.logits), ("tail", reading.tail), *state]
 
 
 def _describe(reading: Reading, model: Model) -> dict[str, object]:
@@ -108,8 +139,6 @@ def _describe(reading: Reading, model: Model) -> dict[str, object]:
 
 def _check(directory: pathlib.Path, saved, model: Model) -> None:
   """Raises UserError naming the first thing in which a session's model is another one."""
-  if not saved or "format" not in saved:
-    raise UserError(f"{directory} is no session: name another directory")
   if saved["format"] != FORMAT:
     raise UserError(
         f"session {directory} was made by famjax {saved['famjax']} in format {saved['format']}, and"
@@ -117,11 +146,11 @@ def _check(directory: pathlib.Path, saved, model: Model) -> None:
     )
   ours = _flat(dataclasses.asdict(model.config)) | {"weights": model.fingerprint}
   theirs = _flat(saved["model"]) | {"weights": saved["weights"]}
-  for name in (n for n in ours if n != "remat"):
-    if theirs.get(name) != ours[name]:
+  for name in dict.fromkeys([*ours, *theirs]):
+    if name != "remat" and theirs.get(name) != ours.get(name):
       raise UserError(
           f"session {directory} was made by another model: {name} is {theirs.get(name)} there and"
-          f" {ours[name]} here; use that model, or another session"
+          f" {ours.get(name)} here; use that model, or another session"
       )
 
 

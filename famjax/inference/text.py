@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from famjax.data.vocabularies import Vocabulary
 
-_BROKEN = "\ufffd"  # what a vocabulary decodes an unfinished character to
-_PATIENCE = 8  # tokens that may be waited for to finish a character
+_BROKEN = "\ufffd"  # what a vocabulary decodes an unfinished character to, once or for every byte
+_PATIENCE = 64  # tokens that are decoded again and again, while none of them ends a character
 
 
 class TextWriter:
@@ -29,20 +29,24 @@ class TextWriter:
     self.text, self.stopped = "", False
     self._vocabulary, self._stop = vocabulary, tuple(filter(None, stop))
     # Decoding starts a little before the first token that is not text yet: a vocabulary may write a
-    # token otherwise where a text begins.
-    self._tokens, self._begun = list(context), len(context)
+    # token otherwise where a text begins. `_given` characters of what is decoded are out.
+    self._tokens, self._fresh = list(context), 0
+    self._given = len(_whole(vocabulary.decode(self._tokens)))
     self._held = ""  # what may be the beginning of a stop string
 
   def push(self, token: int) -> str:
     """Takes one more token, and returns the text that is certain now."""
     self._tokens.append(token)
-    before = self._vocabulary.decode(self._tokens[: self._begun])
-    now = self._vocabulary.decode(self._tokens)
-    waiting = len(self._tokens) - self._begun
-    if now.endswith(_BROKEN) and waiting < _PATIENCE:
-      return ""
-    self._tokens, self._begun = self._tokens[self._begun :], waiting
-    return self._give(self._held + now[len(before) :])
+    self._fresh += 1
+    decoded = self._vocabulary.decode(self._tokens)
+    whole = _whole(decoded)
+    new = whole[self._given :]
+    if whole == decoded or self._fresh > _PATIENCE:
+      self._tokens, self._fresh = self._tokens[-self._fresh :], 0
+      self._given = len(self._vocabulary.decode(self._tokens)) - (len(decoded) - len(whole))
+    else:
+      self._given += len(new)
+    return self._give(self._held + new)
 
   def end(self) -> str:
     """Returns what was held back, when no more tokens come; an unfinished character is left out."""
@@ -66,3 +70,9 @@ def _overlap(text: str, stop: str) -> int:
   """Length of the longest end of `text` that `stop` begins with."""
   most = min(len(text), len(stop) - 1)
   return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _whole(text: str) -> str:
+  """Text without what later bytes may still make a character: at most three are missing."""
+  held = next((n for n in range(3) if not text[: len(text) - n].endswith(_BROKEN)), 3)
+  return text[: len(text) - held]

@@ -76,13 +76,13 @@ def test_a_line_for_every_request(run_dir, model, tmp_path, capsys):
   requests = [
       {"prompt": "a"},
       {"prompt": PROMPT, "temperature": 1.0, "seed": 4, "max_new_tokens": 7},
-      {"prompt": "What was it?", "stop": ["\u00e9", "e"]},
+      {"prompt": "What was it?\u2028", "stop": "e", "stop_tokens": [70]},
   ]
   path = tmp_path / "r.jsonl"
-  path.write_text("\n\n".join(map(json.dumps, requests)) + "\n")
+  path.write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in requests) + "\n")
   arguments = ["generate", run_dir, f"--jsonl={path}", "--max_new_tokens=9", "--batch_size=2"]
   assert cli.main(arguments) == 0
-  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  lines = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
   assert [line["prompt"] for line in lines] == [r["prompt"] for r in requests]
   for line, request in zip(lines, requests):
     options = {"count": 9} | {k: v for k, v in request.items() if k != "prompt"}
@@ -102,11 +102,10 @@ def test_score(run_dir, model, tmp_path, capsys):
   (tmp_path / "t.txt").write_text(PROMPT)
   assert cli.main(["score", run_dir, f"--file={tmp_path / 't.txt'}"]) == 0
   out = capsys.readouterr().out
-  mean = -score.log_probs[1:].mean()
+  mean = -score.log_probs[1:].astype(np.float64).mean()
   assert f"tokens             {len(PROMPT)} ({len(PROMPT) - 1} of them predicted)" in out
   assert f"nats per token     {mean:.4f}" in out and f"perplexity         {np.exp(mean):.4f}" in out
-  bits = mean * (len(PROMPT) - 1) / np.log(2) / len(PROMPT)
-  assert f"bits per byte      {bits:.4f}" in out
+  assert f"bits per byte      {mean / np.log(2):.4f}" in out  # every token is a byte
 
 
 def talk(run_dir, lines, monkeypatch, *options):
@@ -124,18 +123,21 @@ def talk(run_dir, lines, monkeypatch, *options):
 
 
 def test_a_chat_remembers_all_of_it(run_dir, model, monkeypatch, capsys):
-  options = ["--turn", "U: {}\nM:", "--stop", "\nU:"]
-  assert talk(run_dir, ["One.", KeyboardInterrupt, "Two."], monkeypatch, *options) == 0
+  options = ["--turn", r"U: {}\nM:", "--stop", "\nU:"]
+  typed = ["One.", KeyboardInterrupt, "no \udcff character", "Two."]
+  assert talk(run_dir, typed, monkeypatch, *options) == 0
   first = model.generate("U: One.\nM:", max_new_tokens=6, stop=["\nU:"])
   text = "".join(first)
   second = text_after(model, "U: Two.\nM:", 6, state=first.reading, stop=["\nU:"])
-  assert capsys.readouterr().out == f"/help lists the commands\n{text}\n\n{second}\n\n"
+  shown = capsys.readouterr()
+  assert shown.out == f"/help lists the commands\n{text}\n\n{second}\n\n"
+  assert shown.err == "famjax: error: the line is not UTF-8 at character 6; convert it\n"
 
 
 def test_the_commands_of_a_chat(run_dir, model, tmp_path, monkeypatch, capsys):
   place = tmp_path / "s"
   lines = [
-      "/help", "/memory", "/save", f"/save {place}", "One.", f"/save {place}", "/memory", "/reset",
+      "/help", "/memory", "/save", "One.", f"/save {place}", "/memory", "/reset",
       f"/load {place}", f"/load {tmp_path / 'none'}", "/nonsense", "", "/quit", "never read",
   ]  # fmt: skip
   assert talk(run_dir, lines, monkeypatch) == 0
@@ -143,7 +145,7 @@ def test_the_commands_of_a_chat(run_dir, model, tmp_path, monkeypatch, capsys):
   size = famjax.inference.commands.num_bytes(model.init_state())
   for expected in (
       "/reset      forget everything", "tokens read     0\n", f"state           {size:,} bytes",
-      f"saved in {place}", "nothing is remembered", "window          up to 8 tokens: 1 segments",
+      f"saved in {place}", "nothing is remembered\n", "window          up to 8 tokens: 1 segments",
       "tokens read     11\n", "FAM             2 layers x 2 vectors of 16, written 2 times",
       "11 tokens were read before",
   ):  # fmt: skip
@@ -151,10 +153,28 @@ def test_the_commands_of_a_chat(run_dir, model, tmp_path, monkeypatch, capsys):
   errors = [line.removeprefix("famjax: error: ") for line in shown.err.splitlines()]
   assert errors == [
       "/save needs a directory: /save DIR",
-      "nothing was read yet, so there is nothing to save",
       f"there is no session in {tmp_path / 'none'}",
       "/nonsense is unknown; /help lists the commands",
   ]
+
+
+def test_a_chat_that_breaks_off_is_put_aside(run_dir, model, tmp_path, monkeypatch):
+  with pytest.raises(ZeroDivisionError):
+    talk(run_dir, ["One.", ZeroDivisionError], monkeypatch, f"--session={tmp_path / 's'}")
+  assert session.load(tmp_path / "s", model).state.position.tolist() == [11]
+
+
+def test_a_reader_that_goes_away_does_not_take_the_session_along(
+    run_dir, model, tmp_path, monkeypatch, capsys
+):
+  def gone(*args, **options):
+    raise BrokenPipeError(32, "Broken pipe")
+
+  monkeypatch.setattr("builtins.print", gone)
+  arguments = ["generate", run_dir, f"--prompt={PROMPT}", f"--session={tmp_path / 's'}"]
+  with pytest.raises(BrokenPipeError):
+    commands.generate(cli._parser().parse_args(arguments))  # pylint: disable=protected-access
+  assert session.load(tmp_path / "s", model).state.position.tolist() == [len(PROMPT) + 1]
 
 
 def test_a_chat_can_be_taken_up_again(run_dir, model, tmp_path, monkeypatch, capsys):
@@ -175,12 +195,16 @@ def test_long_texts_show_how_fast_they_are_read(run_dir, tmp_path, capsys):
 
 
 WRONG = {
-    "no text": (["generate"], "add --prompt=TEXT or --file=FILE"),
+    "no text": (["generate"], "no text was given: name one, or a file: --file=FILE"),
     "an empty prompt": (["generate", "--prompt="], "the prompt is empty"),
     "an empty file": (["score", "--file=empty"], "is empty"),
     "two texts": (["score", "--text=a", "--file=empty"], "leave one of them out"),
     "no such file": (["score", "--file=none.txt"], "none.txt cannot be read: No such file"),
     "no UTF-8": (["generate", "--file=broken"], "broken is not UTF-8: byte 0xff at 2;"),
+    "no character": (["generate", "--prompt=a\udcff"], "the text is not UTF-8 at character 1"),
+    "half a pair": (["generate", "--jsonl=half"], "line 1: the prompt is not UTF-8 at character 1"),
+    "a stop token": (["generate", "--prompt=a", "--stop_token=300"], "stop token 300 is outside"),
+    "a turn without a place": (["chat", "--turn=User:"], "--turn='User:' has no {}"),
     "a setting": (["generate", "--prompt=a", "--top_p=2"], "top_p is 2.0"),
     "a batch": (["generate", "--jsonl=good", "--batch_size=0"], "--batch_size is 0"),
     "a session for many": (["generate", "--jsonl=good", "--session=s"], "leave out the session"),
@@ -207,6 +231,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
   (tmp_path / "empty_prompt").write_text('{"prompt": ""}')
   (tmp_path / "name").write_text('{"prompt": "a", "heat": 1}')
   (tmp_path / "value").write_text('{"prompt": "a", "top_k": -1}')
+  (tmp_path / "half").write_text('{"prompt": "a\\ud800"}')
   (tmp_path / "type").write_text('{"prompt": "a", "top_k": "many"}')
   before = sorted(tmp_path.iterdir())
   arguments, message = WRONG[what]
@@ -231,6 +256,7 @@ def test_an_interrupt_prints_what_there_is_and_saves_the_session(run_dir, model,
           "--max_new_tokens=1000000", f"--session={place}",
       ],
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      bufsize=0,  # what a buffer holds is lost to `communicate`
   )  # fmt: skip
   out = b"".join(process.stdout.read(1) for _ in range(40))
   process.send_signal(signal.SIGINT)

@@ -4,11 +4,12 @@ import functools
 
 from hypothesis import given, settings, strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from famjax.inference import engine, sampling
-from famjax.inference.engine import CHUNK_BLOCKS, STEPS, Engine, Reading
+from famjax.inference.engine import CHUNK_BLOCKS, STEPS, TAIL, Engine, Reading
 from tests.inference import tiny
 
 N = tiny.CONFIG.memory.block_size
@@ -37,7 +38,8 @@ def row_of(reading: Reading, row: int):
   places = np.arange(max(position // N - 1, 0) * N, position)  # M is 1
   ring = lambda x: np.asarray(x)[:, row, places // N % 2, places % N]
   fams = [np.asarray(x)[:, row] for x in (state.fam, state.fam_keys, state.fam_values)]
-  return [reading.logits[row], position, ring(state.keys), ring(state.values), *fams]
+  rings = ring(state.keys), ring(state.values)
+  return [reading.logits[row], reading.tail[row], position, *rings, *fams]
 
 
 def assert_same_row(a, row, b, other):
@@ -90,6 +92,27 @@ def test_a_reading_can_be_used_again(kind):
   jax.tree.map(np.testing.assert_array_equal, make(kind).read(draw(1, 30, 2), before), once)
 
 
+def test_the_last_tokens_are_known():
+  rows = draw(6, 3, 0, 40)
+  reading = make("fam").read(rows, make("fam").start(3))
+  for row, tokens in enumerate(rows):
+    last = tokens[-TAIL:].tolist()
+    assert reading.tail[row].tolist() == [-1] * (TAIL - len(last)) + last
+
+
+def test_every_shape_is_compiled_once():
+  """Reading and writing in rounds, with and without a copy, from the start and from the host."""
+  model = tiny.model(seed=9)  # of its own, but of a structure that others have compiled for
+  list(model.generate("a" * 41, max_new_tokens=40))
+  functions = engine._read, engine._write  # pylint: disable=protected-access
+  sizes = [f._cache_size() for f in functions]
+  stream = model.generate("b" * 41, max_new_tokens=40, temperature=1.0, top_p=0.5, stop=["\n"])
+  list(stream)
+  from_host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), stream.reading)
+  list(model.generate("c" * 41, max_new_tokens=40, state=from_host, repetition_penalty=1.1))
+  assert [f._cache_size() for f in functions] == sizes
+
+
 def test_progress_is_told_of_every_token():
   told = []
   make("fam").read(draw(0, 50, 3), make("fam").start(2), progress=told.append)
@@ -116,22 +139,22 @@ def test_scores_are_the_log_probabilities_of_one_call(kind):
     close(again[row], expected[len(tokens) - 1 + place, tokens])
 
 
-def write(kind, reading, count, how=GREEDY, stop=(), **options):
-  """Writes up to `count[b]` tokens in every row, in as many rounds as it takes."""
+def write(kind, reading, count, how=GREEDY, stop=(), most=STEPS):
+  """Writes up to `count[b]` tokens in every row, `most` in a round."""
   B = len(count)
   seen, tokens = np.zeros((B, 259), bool), [[] for _ in range(B)]
   ends = np.zeros((B, 259), bool)
   ends[:, list(stop)] = True
   stopped = np.zeros(B, bool)
   how = sampling.stack(how if isinstance(how, list) else [how] * B)
+  reading = jax.tree.map(jnp.copy, reading)
   while True:
     written = np.array([len(row) for row in tokens])
-    limit = np.where(stopped, 0, np.minimum(np.array(count) - written, STEPS))
+    limit = np.where(stopped, 0, np.minimum(np.array(count) - written, most))
     if not limit.any():
       return tokens, reading
-    new, reading, seen = make(kind).write(
-        reading, seen, how, written, limit, ends, **{"keep": not written.any(), **options}
-    )
+    new, reading, seen = make(kind).write(reading, seen, how, limit, ends)
+    new = jax.device_get(new)
     for row in range(B):
       tokens[row] += new.tokens[row, : new.count[row]].tolist()
     stopped |= new.stopped
@@ -155,7 +178,7 @@ def test_greedy_writing_is_that_of_reading_everything_anew_for_every_token(kind)
 
 @KINDS
 def test_rows_write_what_each_writes_alone(kind):
-  """With settings and lengths of their own."""
+  """With settings and lengths of their own, and in other rounds."""
   prompts = draw(4, 5, 13, 1)
   how = [
       sampling.Sampling(temperature=1.0, seed=3),
@@ -166,7 +189,7 @@ def test_rows_write_what_each_writes_alone(kind):
   together, reading = write(kind, make(kind).read(prompts, make(kind).start(3)), count, how)
   for row in range(3):
     after = make(kind).read([prompts[row]], make(kind).start(1))
-    (alone,), reading_alone = write(kind, after, [count[row]], how[row])
+    (alone,), reading_alone = write(kind, after, [count[row]], how[row], most=5)
     assert together[row] == alone and len(alone) == count[row]
     assert_same_row(reading, row, reading_alone, 0)
 

@@ -112,6 +112,9 @@ def test_seeds_and_places_give_draws_of_their_own():
         (dict(min_p=1.5), "min_p is 1.5"),
         (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"),
         (dict(seed=-1), "seed is -1"),
+        (dict(seed=0.5), "seed is 0.5: use a whole number"),
+        (dict(top_k=2**40), "top_k is 1099511627776"),
+        (dict(top_p="all"), "top_p is 'all': use a number"),
     ],
 )
 def test_settings_that_make_no_sense(change, message):

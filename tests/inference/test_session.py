@@ -1,6 +1,7 @@
 """Sessions: what is put aside comes back, and nothing else is taken for it."""
 
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -94,12 +95,38 @@ def test_directories_of_something_else(tmp_path):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "letter.txt").write_text("")
   tiny.save(tmp_path / "run", tiny.CONFIG)
+  (tmp_path / "years" / "2023").mkdir(parents=True)
+  (tmp_path / "years" / "2023" / "photo").write_text("")
+  before = sorted(tmp_path.rglob("*"))
   for name, message in (
-      ("file", "is a file"), ("full", "is a directory of something else"),
-      ("run", "something else"), ("run/checkpoints", "is no session"),
+      ("file", "is a file"), ("full", r"is a directory of something else \(letter.txt\)"),
+      ("run", "something else"), ("run/checkpoints", "something else"), ("years", "something else"),
   ):  # fmt: skip
     with pytest.raises(UserError, match=message):
       session.load(tmp_path / name, model)
+    with pytest.raises(UserError, match=message):  # and nothing of it is overwritten
+      session.save(tmp_path / name, model.read(TEXT), model)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_first_save_that_was_killed_leaves_is_no_hindrance(tmp_path):
+  model = tiny.model()
+  session.save(tmp_path / "s", model.read(TEXT), model)
+  (tmp_path / "s" / "1").rename(tmp_path / "s" / "1.orbax-checkpoint-tmp")
+  assert session.load(tmp_path / "s", model) is None
+  session.save(tmp_path / "s", model.read(TEXT[:5]), model)
+  equal(session.load(tmp_path / "s", model), model.read(TEXT[:5]))
+
+
+def test_a_session_of_a_model_with_more_options(tmp_path):
+  model = tiny.model()
+  session.save(tmp_path, model.read(TEXT), model)
+  path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+  metadata = json.loads(path.read_text())
+  metadata["custom_metadata"]["model"]["memory"]["sinks"] = 4
+  path.write_text(json.dumps(metadata))
+  with pytest.raises(UserError, match="memory.sinks is 4 there and None here"):
+    session.load(tmp_path, model)
 
 
 def test_a_cut_session_is_one_line(tmp_path, capfd):

@@ -56,7 +56,30 @@ def test_an_unfinished_character_is_left_out_and_a_broken_one_is_replaced():
   tokens = BYTES.encode("a\u20ac")
   assert write(tokens[:-1])[1].text == "a"
   assert write([*tokens[:-1], *BYTES.encode("b")])[1].text == "a\ufffdb"
-  assert len(write([3 + 0xFF] * 40)[1].text) >= 32  # it does not wait for ever
+  # Of bytes that never become a character all but the last three are given out at once.
+  assert [len(p) for p in write([3 + 0xFF] * 200)[0]][3:-1] == [1] * 197
+
+
+@given(data=st.binary(max_size=90))
+def test_any_bytes_give_what_decoding_them_gives(data):
+  """Up to an end that might have become a character."""
+  _, writer = write([3 + byte for byte in data])
+  whole = BYTES.decode([3 + byte for byte in data])
+  assert whole.startswith(writer.text) and len(whole) - len(writer.text) <= 3
+  assert set(whole[len(writer.text) :]) <= {"\ufffd"}
+
+
+def test_a_character_after_broken_bytes_is_heard():
+  tokens = [3 + 0x80] * 7 + BYTES.encode("\u00e9b")
+  pieces, writer = write(tokens)
+  assert writer.text == "\ufffd" * 7 + "\u00e9b"
+  _, writer = write(tokens, stop=["\u00e9"])
+  assert writer.stopped and writer.text == "\ufffd" * 7
+
+
+def test_a_prompt_may_end_in_the_middle_of_a_character():
+  tokens = BYTES.encode("\u20acb")
+  assert write(tokens[2:], context=tokens[:2])[1].text == "\u20acb"
 
 
 @pytest.mark.parametrize("prompt, answer", [("The pass key is", " 31415 ."), ("key is 3", "1415")])
