@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-import famjax
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
@@ -129,7 +128,6 @@ def _named(reading: Reading) -> list[tuple[str, jax.Array]]:
 def _describe(reading: Reading, model: Model) -> dict[str, object]:
   return {
       "format": FORMAT,
-      "famjax": famjax.__version__,
       "model": dataclasses.asdict(model.config),
       "weights": model.fingerprint,
       "rows": int(reading.state.position.shape[0]),
@@ -141,8 +139,8 @@ def _check(directory: pathlib.Path, saved, model: Model) -> None:
   """Raises UserError naming the first thing in which a session's model is another one."""
   if saved["format"] != FORMAT:
     raise UserError(
-        f"session {directory} was made by famjax {saved['famjax']} in format {saved['format']}, and"
-        f" this is format {FORMAT}: use that version, or begin another session"
+        f"session {directory} was made by another version of famjax: its format is"
+        f" {saved['format']} and this version's {FORMAT}; use that version, or another session"
     )
   ours = _flat(dataclasses.asdict(model.config)) | {"weights": model.fingerprint}
   theirs = _flat(saved["model"]) | {"weights": saved["weights"]}

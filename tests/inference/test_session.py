@@ -85,7 +85,7 @@ def test_a_session_of_another_format_is_refused(tmp_path, monkeypatch):
   model = tiny.model()
   session.save(tmp_path, model.read(TEXT), model)
   monkeypatch.setattr(session, "FORMAT", session.FORMAT + 1)
-  with pytest.raises(UserError, match=f"in format {session.FORMAT - 1}, and this is format"):
+  with pytest.raises(UserError, match=f"its format is {session.FORMAT - 1} and this version's"):
     session.load(tmp_path, model)
 
 
