@@ -164,7 +164,11 @@ def run(
         idle.append(worker)
 
   with _Children() as children, concurrent.futures.ThreadPoolExecutor(study.parallel) as pool:
-    failures = [f for f in pool.map(work, jobs) if f]
+    try:
+      failures = [f for f in pool.map(work, jobs) if f]
+    except BaseException:  # Ctrl-C
+      children.terminate()
+      raise
   if children.terminated:
     raise TerminatedError(
         f"SIGTERM: the runs of {root} have saved what they have; the same command goes on from there"
@@ -212,7 +216,7 @@ class _Children:
   def __enter__(self):
     self._before = None
     if threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._terminate)
+      self._before = signal.signal(signal.SIGTERM, self.terminate)
     return self
 
   def __exit__(self, *_):
@@ -231,11 +235,12 @@ class _Children:
       self._processes.append(process)
       return process
 
-  def _terminate(self, signum, frame):
-    del signum, frame
-    self.terminated = True  # without the lock, which this very thread may hold
-    for process in self._processes:
-      process.terminate()
+  def terminate(self, *_) -> None:
+    """Ends the processes, which save what they have, and starts no more."""
+    with self._lock:  # of the main thread, which never starts a process itself
+      self.terminated = True
+      for process in self._processes:
+        process.terminate()
 
 
 def _run_job(

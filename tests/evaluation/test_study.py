@@ -151,18 +151,27 @@ def test_fewer_steps_than_were_trained_are_no_result(tmp_path):
   assert (root / "report.json").read_text() == report
 
 
-def test_sigterm_is_passed_on_and_nothing_more_is_started(tmp_path, capfd):
+@pytest.mark.parametrize(
+    "sent, raised, message",
+    [
+        (signal.SIGTERM, TerminatedError, "the same command goes on from there"),
+        (signal.SIGINT, KeyboardInterrupt, None),
+    ],
+)
+def test_a_signal_ends_what_runs_in_good_order_and_starts_no_more(
+    tmp_path, capfd, sent, raised, message
+):
   root = tmp_path / "study"
   log = root / "fam-0.log"
 
   def stop():
     while not (log.exists() and "waiting" in log.read_text()):
       time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), sent)
 
   before = signal.getsignal(signal.SIGTERM)
   threading.Thread(target=stop).start()
-  with pytest.raises(TerminatedError, match="the same command goes on from there"):
+  with pytest.raises(raised, match=message):
     run(root, {"FAM": ["SCORE=1", "WAIT=1"], "BSWA": ["SCORE=1"]})
   assert signal.getsignal(signal.SIGTERM) is before
   assert log.read_text().endswith("saved\n") and (root / "fam-0.seconds").exists()
