@@ -134,7 +134,7 @@ def test_an_unknown_name_is_one_line(binding, capfd):
         ("ModelConfig.head_dim=0", "head_width is 0"),
         ("ModelConfig.rope_theta=-5.0", "rope_theta is -5.0"),
         ("ModelConfig.norm_eps=-1.0", "norm_eps is -1.0"),
-        ("MemoryConfig.window=1000", "window 1000 is wider than the 257 tokens"),
+        ("MemoryConfig.window=1000", "window 1000 hides nothing of the 384 tokens"),
         ("TrainConfig.follow_rows=False", "follow_rows is off"),
         ("TrainConfig.rsp_from=-1", "rsp_from is -1"),
         ("BATCH_SIZE=0", "batch_size 0"),

@@ -28,8 +28,8 @@ class MemoryConfig:
       positions of the block; "float", spread between this block and the next; "zero", always 0.
     stop_gradient: no gradient through the keys and values of earlier blocks (Transformer-XL;
       M1_SG of Fig. 3a). The FAM's own path keeps its gradient.
-    window: a query at position p sees token keys at positions above `p - window` alone
-      (Transformer-XL, B.4.7); None: whole blocks.
+    window: a query at position p sees token keys at positions above `p - window` alone, as far as
+      the segments hold them (Transformer-XL, B.4.7); None: whole blocks.
   """
 
   kind: str = "fam"
@@ -61,12 +61,12 @@ class MemoryConfig:
       )
     if self.window is not None:
       _at_least("window", self.window, 1)
-      held = self.memory_segments * self.block_size + 1
-      if self.window > held:
+      held = (self.memory_segments + 1) * self.block_size
+      if self.window >= held:
         raise UserError(
-            f"window {self.window} is wider than the {held} tokens that {self.memory_segments}"
-            f" segments of {self.block_size} hold for every query: lower it or raise"
-            " memory_segments"
+            f"window {self.window} hides nothing of the {held} tokens that a block and its segments"
+            f" hold (block_size {self.block_size}, memory_segments {self.memory_segments}): lower it,"
+            " or leave it out"
         )
 
 
