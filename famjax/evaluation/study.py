@@ -96,10 +96,6 @@ class _Job:
     """Holds the time of training, over all of its sittings."""
     return self.directory.with_name(self.directory.name + ".seconds")
 
-  @property
-  def evaluated(self) -> bool:
-    return (self.directory / report.PASSKEY).exists() and self.seconds.exists()
-
   def result(self) -> report.Result:
     return {
         "name": self.name,
@@ -110,7 +106,7 @@ class _Job:
 
   def finished(self, plan: Plan) -> bool:
     """Whether it was trained as long as planned, and asked what is to be asked."""
-    if not self.evaluated:
+    if not ((self.directory / report.PASSKEY).exists() and self.seconds.exists()):
       return False
     result = self.result()
     asked = json.loads(json.dumps(plan.asked))

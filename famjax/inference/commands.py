@@ -34,9 +34,8 @@ def generate(arguments: argparse.Namespace) -> int:
   prompt = _text(arguments.prompt, arguments.file, needed=after is None)
   with _progress(len(prompt)) as progress:
     stream = model.generate(
-        prompt, state=after, progress=progress,
-        **{name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)},
-    )  # fmt: skip
+        prompt, state=after, progress=progress, **_settings(arguments)
+    )
   try:
     interrupted = _show(stream)
   finally:  # also if nobody takes the text any more
@@ -60,8 +59,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
     raise UserError("--jsonl has its prompts in a file: leave out the session, prompt and file")
   if arguments.batch_size < 1:
     raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1")
-  defaults = {name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)}
-  lines = list(_requests(arguments.jsonl, defaults))
+  lines = list(_requests(arguments.jsonl, _settings(arguments)))
   model = load(arguments.model)
   for first in range(0, len(lines), arguments.batch_size):
     some = lines[first : first + arguments.batch_size]
@@ -191,9 +189,8 @@ class Chat:
       return
     with _progress(len(prompt)) as progress:
       stream = self._model.generate(
-          prompt, state=self.reading, progress=progress,
-          **{name: getattr(self._arguments, name) for name in (*_SAMPLING, *_LIMITS)},
-      )  # fmt: skip
+          prompt, state=self.reading, progress=progress, **_settings(self._arguments)
+      )
     try:
       _show(stream)
     finally:
@@ -240,6 +237,11 @@ def describe(reading: Reading, model: Model) -> str:
         f" {int(state.fam_updates[0]):,} times"
     )
   return "\n".join(lines)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, object]:
+  """How a text is written, by the names of `Model.generate`."""
+  return {name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)}
 
 
 def _text(text: str | None, path: str | None, *, needed: bool) -> str:

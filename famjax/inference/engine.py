@@ -104,17 +104,17 @@ class Engine:
 
   def __init__(self, decoder: Decoder):
     self.config = decoder.config
-    self._graphdef, self._params = nnx.split(decoder)
+    self.graphdef, self.params = nnx.split(decoder)
 
   @functools.cached_property
   def _initial(self):
     return jax.jit(
-        lambda params, B: nnx.merge(self._graphdef, params).init_state(B), static_argnums=1
+        lambda params, B: nnx.merge(self.graphdef, params).init_state(B), static_argnums=1
     )
 
   def start(self, batch_size: int) -> Reading:
     """Rows that have read nothing."""
-    state = self._initial(self._params, batch_size)
+    state = self._initial(self.params, batch_size)
     logits = jnp.zeros((batch_size, self.config.vocab_size), jnp.float32)
     return Reading(logits, state, jnp.full((batch_size, TAIL), -1, jnp.int32))
 
@@ -138,7 +138,7 @@ class Engine:
     reading = jax.tree.map(jnp.copy, after)  # the copy is given away, piece by piece
     for piece, tokens in self._cut(rows, after):
       reading = _read(
-          self._graphdef, self._params, tokens, piece.counts, reading, within=piece.within
+          self.graphdef, self.params, tokens, piece.counts, reading, within=piece.within
       )
       if progress is not None:
         jax.block_until_ready(reading)
@@ -164,7 +164,7 @@ class Engine:
     said = [[] for _ in rows]
     for piece, tokens in self._cut(rows, after):
       scores, reading = _score(
-          self._graphdef, self._params, tokens, piece.counts, reading, within=piece.within
+          self.graphdef, self.params, tokens, piece.counts, reading, within=piece.within
       )
       scores = np.asarray(scores)
       for row, count in enumerate(piece.counts):
@@ -199,7 +199,7 @@ class Engine:
     """
     limit = np.asarray(limit, np.int32)
     *new, reading, seen = _write(
-        self._graphdef, self._params, after, seen, samplers, limit, stop
+        self.graphdef, self.params, after, seen, samplers, limit, stop
     )
     return Written(*new), reading, seen
 

@@ -66,7 +66,6 @@ class Model:
   def __init__(self, decoder: Decoder, vocabulary: Vocabulary):
     self.decoder = decoder
     self.vocabulary = vocabulary
-    self._graphdef, self._params = nnx.split(decoder)
     self._engine = Engine(decoder)
 
   @property
@@ -82,7 +81,7 @@ class Model:
   @functools.cached_property
   def fingerprint(self) -> str:
     """16 hex digits that stand for the values of all weights."""
-    return _fingerprint(self._params)
+    return _fingerprint(self._engine.params)
 
   def start(self, batch_size: int = 1) -> Reading:
     """Rows that have read nothing; what comes next is not known."""
@@ -119,7 +118,7 @@ class Model:
     self._check_tokens(tokens)
     at_boundary = not np.any(np.asarray(state.position) % self.config.memory.block_size)
     aligned = at_boundary and tokens.shape[1] > 1  # a single token is decoded wherever it stands
-    return self._read(self._params, jnp.asarray(tokens, jnp.int32), state, aligned)
+    return self._read(self._engine.params, jnp.asarray(tokens, jnp.int32), state, aligned)
 
   def read(
       self,
@@ -300,7 +299,7 @@ class Model:
   @functools.cached_property
   def _read(self):
     def read(params, tokens, state, aligned):
-      return nnx.merge(self._graphdef, params)(tokens, state, aligned=aligned)
+      return nnx.merge(self._engine.graphdef, params)(tokens, state, aligned=aligned)
 
     return jax.jit(read, static_argnums=3)
 

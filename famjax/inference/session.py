@@ -15,11 +15,10 @@ from orbax.checkpoint import v1 as ocp
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
-from famjax.model.state import State
-from famjax.training.checkpoint import list_steps, quiet, reason
+from famjax.training.checkpoint import list_steps, load_items, quiet, reason
+from famjax.training.checkpoint import with_empty, without_empty
 
 FORMAT = 1  # raised when a State changes its meaning
-_STATE = tuple(field.name for field in dataclasses.fields(State))
 
 
 def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
@@ -35,12 +34,12 @@ def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
       is still there.
   """
   directory = pathlib.Path(directory).absolute()
-  newest = _newest(directory) or 0
+  newest, _ = _newest(directory)
   try:
     policy = ocp.training.preservation_policies.LatestN(1)
     with quiet(), ocp.training.Checkpointer(directory, preservation_policy=policy) as saver:
       saver.save_checkpointables(
-          newest + 1, {"reading": _arrays(reading)}, custom_metadata=_describe(reading, model)
+          newest + 1, {"reading": without_empty(reading)}, custom_metadata=_describe(reading, model)
       )
   except Exception as error:  # a full disk, a place where nothing can be written
     raise UserError(
@@ -63,31 +62,22 @@ def load(directory: str | pathlib.Path, model: Model) -> Reading | None:
     UserError: another model, configuration or version made it, or it cannot be read.
   """
   directory = pathlib.Path(directory).absolute()
-  newest = _newest(directory)
-  if newest is None:
+  newest, saved = _newest(directory)
+  if not saved:
     return None
-  saved = _metadata(directory, newest)
   _check(directory, saved, model)
+  template = jax.eval_shape(lambda: model.start(saved["rows"]))
   try:
-    with quiet(), ocp.training.Checkpointer(directory) as loader:
-      template = jax.eval_shape(lambda: model.start(saved["rows"]))
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      wanted = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _arrays(template)
-      )
-      arrays = loader.load_checkpointables(newest, {"reading": wanted})["reading"]
+    items = load_items(directory / str(newest), {"reading": without_empty(template)})
   except Exception as error:  # a cut file raises anything
     raise _unreadable(directory, error) from error
   # By way of the host: an array that Orbax has placed compiles everything that takes it once more.
-  arrays = {name: jnp.asarray(np.asarray(x)) for name, x in arrays.items()}
-  whole = {name: arrays.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in _named(template)}
-  return Reading(
-      whole.pop("logits"), template.state.replace(**{n: whole[n] for n in _STATE}), whole["tail"]
-  )
+  host = jax.tree.map(np.asarray, with_empty(template, items["reading"]))
+  return jax.tree.map(jnp.asarray, host)
 
 
-def _newest(directory: pathlib.Path) -> int | None:
-  """The newest save of a session's directory; None if there is none, and no other thing either."""
+def _newest(directory: pathlib.Path) -> tuple[int, dict]:
+  """Number and metadata of a session's newest save; 0 and {} if there is none, nor another thing."""
   if directory.exists() and not directory.is_dir():
     raise UserError(f"session {directory} is a file: name a directory")
   steps = list_steps(directory)
@@ -95,34 +85,25 @@ def _newest(directory: pathlib.Path) -> int | None:
   # A save that was killed leaves a directory beside its final place.
   names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
   other = [name for name in names if name not in known and ".orbax-checkpoint-tmp" not in name]
-  if other or (steps and "format" not in (_metadata(directory, steps[-1]) or {})):
+  saved = _metadata(directory, steps[-1]) if steps and not other else {}
+  if other or (steps and "format" not in saved):
     raise UserError(
         f"session {directory} is a directory of something else ({(other or names)[0]}): name another"
         " one"
     )
-  return steps[-1] if steps else None
+  return (steps[-1], saved) if steps else (0, {})
 
 
-def _metadata(directory: pathlib.Path, step: int) -> dict | None:
+def _metadata(directory: pathlib.Path, step: int) -> dict:
   try:
     with quiet(), ocp.training.Checkpointer(directory) as loader:
-      return loader.checkpointables_metadata(step).custom_metadata
+      return loader.checkpointables_metadata(step).custom_metadata or {}
   except Exception as error:
     raise _unreadable(directory, error) from error
 
 
 def _unreadable(directory: pathlib.Path, error: Exception) -> UserError:
   return UserError(f"session {directory} cannot be read ({reason(error)}): delete it to begin anew")
-
-
-def _arrays(reading: Reading) -> dict[str, jax.Array]:
-  """A reading's arrays by name; Orbax takes none of size 0, which a FAM of length 0 is."""
-  return {name: x for name, x in _named(reading) if x.size}
-
-
-def _named(reading: Reading) -> list[tuple[str, jax.Array]]:
-  state = [(name, getattr(reading.state, name)) for name in _STATE]
-  return [("logits", reading.logits), ("tail", reading.tail), *state]
 
 
 def _describe(reading: Reading, model: Model) -> dict[str, object]:
@@ -155,4 +136,3 @@ def _check(directory: pathlib.Path, saved, model: Model) -> None:
 def _flat(config: dict[str, object]) -> dict[str, object]:
   memory = {f"memory.{name}": value for name, value in config["memory"].items()}
   return {name: value for name, value in config.items() if name != "memory"} | memory
-

@@ -100,7 +100,7 @@ class Checkpoints:
         step,
         {
             "params": state.params,
-            "training": _without_empty(state.replace(params=None)),
+            "training": without_empty(state.replace(params=None)),
             "reader": {"position": np.asarray(position)},
         },
         force=True,
@@ -139,9 +139,9 @@ class Checkpoints:
         saved = read_about(path)
         check_model(path, saved.model, about.model, ignore=("remat",))
         check_vocabulary(path, saved.vocabulary, about.vocabulary)
-        loaded = _load(path, {
+        loaded = load_items(path, {
             "params": template.params,
-            "training": _without_empty(template.replace(params=None)),
+            "training": without_empty(template.replace(params=None)),
             "reader": {"position": np.asarray(position)},
         })  # fmt: skip
       except UserError:
@@ -153,7 +153,7 @@ class Checkpoints:
       for broken in skipped:
         broken.rename(_free_name(broken))
       self._newest = step
-      state = _with_empty(template, loaded["training"].replace(params=loaded["params"]))
+      state = with_empty(template, loaded["training"].replace(params=loaded["params"]))
       return Restored(state, loaded["reader"]["position"], list(skipped.values()))
     if skipped:
       raise UserError(
@@ -226,7 +226,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
     try:
       about = read_about(directory / str(step))
       abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
-      params = _load(directory / str(step), {"params": abstract})["params"]
+      params = load_items(directory / str(step), {"params": abstract})["params"]
       return Loaded(params, about.model, about.vocabulary, step)
     except UserError:
       raise
@@ -295,7 +295,7 @@ def _free_name(broken: pathlib.Path) -> pathlib.Path:
   return next(path for path in paths if not path.exists())
 
 
-def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+def load_items(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
   """Reads checkpointables of one step, shaped and placed like `items`."""
 
   def abstract(x):
@@ -308,13 +308,13 @@ def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     return checkpointer.load_checkpointables(int(path.name), jax.tree.map(abstract, items))
 
 
-def _without_empty(tree):
+def without_empty(tree):
   """Orbax takes no array of size 0, which a FAM of length 0 is: None in its place."""
   return jax.tree.map(lambda x: x if x.size else None, tree)
 
 
-def _with_empty(template, tree):
-  """The inverse of `_without_empty`, by a template."""
+def with_empty(template, tree):
+  """The inverse of `without_empty`, by a template."""
   return jax.tree.map(lambda t, x: x if t.size else jnp.zeros(t.shape, t.dtype), template, tree)
 
 
