@@ -19,7 +19,7 @@ import numpy as np
 
 from famjax.inference import sampling
 from famjax.model.decoder import Decoder
-from famjax.model.state import State
+from famjax.model.state import State, settle, stack, unstack, with_recent
 from famjax.training.loss import token_log_probs
 
 CHUNK_BLOCKS = 8  # blocks that are read in one call
@@ -105,6 +105,14 @@ class Engine:
   def __init__(self, decoder: Decoder):
     self.config = decoder.config
     self.graphdef, self.params = nnx.split(decoder)
+    self._decoder = decoder
+
+  @functools.cached_property
+  def _writer(self):
+    """Graph and parameters that `write` uses."""
+    if jax.default_backend() != "cpu":
+      return self.graphdef, self.params
+    return nnx.split(self._decoder.unstacked())
 
   @functools.cached_property
   def _initial(self):
@@ -198,9 +206,7 @@ class Engine:
       at work on all of it.
     """
     limit = np.asarray(limit, np.int32)
-    *new, reading, seen = _write(
-        self.graphdef, self.params, after, seen, samplers, limit, stop
-    )
+    *new, reading, seen = _write(*self._writer, after, seen, samplers, limit, stop)
     return Written(*new), reading, seen
 
   def _cut(self, rows, after):
@@ -258,6 +264,8 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
   model = nnx.merge(graphdef, params)
   B = limit.shape[0]
   rows = jnp.arange(B)
+  state = unstack(reading.state) if model.is_unstacked else reading.state
+  reading = reading.replace(state=with_recent(state, STEPS))
 
   def active(count, stopped):
     return ~stopped & (count < limit)
@@ -284,6 +292,8 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
   _, tokens, count, stopped, reading, seen = jax.lax.while_loop(
       more, step, (jnp.int32(0), *nothing, reading, seen)
   )
+  state = settle(reading.state)
+  reading = reading.replace(state=stack(state) if model.is_unstacked else state)
   return tokens, count, stopped, reading, seen
 
 

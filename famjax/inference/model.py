@@ -287,7 +287,11 @@ class Model:
   def _check_state(self, state: State) -> None:
     """Raises UserError for a state of another configuration."""
     expected = _state_shapes(self.config, state.position.shape[0])
+    if state.recent is not None:
+      raise UserError("the state has tokens that are not in its ring yet: settle it first")
     for field in dataclasses.fields(State):
+      if field.name == "recent":
+        continue
       ours, theirs = getattr(expected, field.name), getattr(state, field.name)
       if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
         have = "missing" if theirs is None else f"{theirs.dtype}{list(theirs.shape)}"

@@ -17,8 +17,8 @@ class KeySet(NamedTuple):
   """Keys and values that the last `t` blocks of a call see.
 
   Attributes:
-    keys: `[B, t, m, K, d]`, rotated.
-    values: `[B, t, m, K, d]`.
+    keys: `[B, t, K, m, d]`, rotated.
+    values: `[B, t, K, m, d]`.
     mask: None, all are visible; or bool, broadcastable to `[B, t, 1, 1, n, m]`.
   """
 
@@ -31,32 +31,36 @@ def attend(queries: jax.Array, key_sets: list[KeySet]) -> jax.Array:
   """Attention of every block's queries over the union of its key sets.
 
   Args:
-    queries: `[B, T, n, H, d]`, rotated. Query head `h` reads key/value head `h // (H // K)`.
+    queries: `[B, T, H, n, d]`, rotated. Query head `h` reads key/value head `h // (H // K)`.
     key_sets: sets with `t <= T` blocks; a set of fewer blocks belongs to the last ones.
 
   Returns:
-    `[B, T, n, H, d]`, in the dtype of the values; scores and softmax are float32.
+    `[B, T, H, n, d]`, in the dtype of the values; scores and softmax are float32.
   """
-  B, T, n, H, d = queries.shape
-  K = key_sets[0].keys.shape[-2]
-  queries = (queries * d**-0.5).reshape(B, T, n, K, H // K, d)
+  B, T, H, n, d = queries.shape
+  K = key_sets[0].keys.shape[2]
+  G = H // K
+  # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
+  # copies the keys on a CPU, five times the work of a decoding step.
+  queries = (queries * d**-0.5).reshape(B, T, K, G * n, d)
   scores = []
   for keys, _, mask in key_sets:
     t = keys.shape[1]
     score = jnp.einsum(
-        "BTnKGd,BTmKd->BTKGnm", queries[:, T - t :], keys, preferred_element_type=jnp.float32
-    )
+        "BTKgd,BTKmd->BTKgm", queries[:, T - t :], keys, preferred_element_type=jnp.float32
+    ).reshape(B, t, K, G, n, -1)
     if mask is not None:
       score = jnp.where(mask, score, _MASKED)
     scores.append(_pad_blocks(score, T, _MASKED))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   out, start = 0, 0
   for keys, values, _ in key_sets:
-    t, m = keys.shape[1:3]
+    t, m = keys.shape[1], keys.shape[3]
     part = weights[:, T - t :, ..., start : start + m].astype(values.dtype)  # [B, t, K, G, n, m]
-    out += _pad_blocks(jnp.einsum("BTKGnm,BTmKd->BTnKGd", part, values), T, 0)
+    part = part.reshape(B, t, K, G * n, m)
+    out += _pad_blocks(jnp.einsum("BTKgm,BTKmd->BTKgd", part, values), T, 0)
     start += m
-  return out.reshape(B, T, n, H, d)
+  return out.reshape(B, T, H, n, d)
 
 
 def _pad_blocks(x: jax.Array, T: int, value: float) -> jax.Array:

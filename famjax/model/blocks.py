@@ -7,7 +7,7 @@ is slot `position % N` of block `position // N`. A call lays its tokens out on a
   aligned: every row stands at a block boundary (training, prefill): token `i` is grid slot `i`.
   ragged:  rows stand anywhere: token `i` of row `b` is grid slot `position[b] % N + i`.
   within:  rows stand anywhere and stay in their block (decoding): the grid is the call's tokens and
-           nothing else, `[B, 1, n]` with n = S; their block's other keys are in the ring.
+           nothing else, `[B, 1, n]` with n = S; all other keys are in the ring (within.py).
 """
 
 from flax import struct
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.state import State
 
 
 @struct.dataclass
@@ -26,6 +27,7 @@ class Layout:
     block: int32 `[B]`, index in its row of the first grid block.
     slot: int32 `[B]`, place of the row's next token in that block.
     count: int32 `[B]`, real tokens of this call.
+    recent: int32 `[B]`, tokens before these that are not yet in the ring.
     valid: bool `[B, T, n]`, grid slots that hold a token of this call; None: all.
     full: bool `[B, T]`, blocks whose last token is in this call; None: all.
     num_blocks: T.
@@ -37,6 +39,7 @@ class Layout:
   block: jax.Array
   slot: jax.Array
   count: jax.Array
+  recent: jax.Array
   valid: jax.Array | None
   full: jax.Array | None
   num_blocks: int = struct.field(pytree_node=False)
@@ -72,9 +75,10 @@ class Layout:
 
 
 def make_layout(
-    position: jax.Array, S: int, lengths: jax.Array | None, *, aligned: bool, within: bool, N: int
+    state: State, S: int, lengths: jax.Array | None, *, aligned: bool, within: bool, N: int
 ) -> Layout:
   """Lays `S` tokens of each row out on blocks of `N`; see `Layout`."""
+  position = state.position
   within = within or (S == 1 and not aligned)
   T = 1 if within else -(-S // N) if aligned else -(-(S + N - 1) // N)
   slot = jnp.zeros_like(position) if aligned else position % N
@@ -87,6 +91,7 @@ def make_layout(
     valid = ((place >= slot[:, None]) & (place < end)).reshape(len(position), T, -1)
   return Layout(
       block=position // N, slot=slot, count=count, valid=valid, full=full,
+      recent=jnp.zeros_like(position) if state.recent is None else state.recent.count,
       num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
   )  # fmt: skip
 
@@ -96,8 +101,8 @@ class Past:
   """A layer's ring, in the order in which a call reads it.
 
   Attributes:
-    keys: `[B, P, N, K, d]`. Within a block: P = M+1, ring order. On a grid: P = M+1, oldest first:
-      the block that the grid's first block takes the place of, then the M segments. P = 0: no past.
+    keys: `[B, P, K, N, d]`, oldest first: the block that the grid's first block takes the place of
+      in the ring, then the M segments; P = M+1. P = 0: no past.
     values: as `keys`.
   """
 
@@ -110,17 +115,16 @@ class Past:
 
 
 def read_ring(keys: jax.Array, values: jax.Array, layout: Layout) -> Past:
-  """Brings a layer's ring `[B, M+1, N, K, d]` into reading order."""
-  if layout.within:
-    return Past(keys, values)
-  R = keys.shape[1]
+  """Brings a layer's ring `[B, K, M+1, N, d]` into reading order."""
+  R = keys.shape[2]
   order = (layout.block[:, None] + jnp.arange(R)) % R  # blocks block-M-1 .. block-1
-  return Past(_take_blocks(keys, order), _take_blocks(values, order))
+  take = lambda ring: _take_blocks(jnp.moveaxis(ring, 2, 1), order)
+  return Past(take(keys), take(values))
 
 
 def no_past(batch_size: int, config: ModelConfig) -> Past:
   """The past of rows that all start in this call: P = 0."""
-  shape = (batch_size, 0, config.memory.block_size, config.kv_heads, config.head_width)
+  shape = (batch_size, 0, config.kv_heads, config.memory.block_size, config.head_width)
   empty = jnp.zeros(shape, config.compute_dtype)
   return Past(empty, empty)
 
@@ -132,49 +136,40 @@ def own_block(
 
   Args:
     past: from `read_ring` or `no_past`.
-    keys: `[B, T, n, K, d]`, of this call's tokens.
+    keys: `[B, T, K, N, d]`, of this call's tokens.
     values: as `keys`.
     layout: of the call.
     segments: M.
 
   Returns:
-    `[B, T, N, K, d]` each (within a block: the whole ring with the new tokens in their places).
-    Slots that no token has filled hold what the ring held there before, so that a state does not
-    depend on how its tokens were cut into calls.
+    `[B, T, K, N, d]` each. Slots that no token has filled hold what the ring held there before, so
+    that a state does not depend on how its tokens were cut into calls.
   """
-  if layout.within:
-    B, R, N = past.keys.shape[:3]
-    row, ring_block = jnp.arange(B)[:, None], (layout.block % R)[:, None]
-    place = layout.slot[:, None] + jnp.arange(layout.num_slots)  # [B, n]
-    place = jnp.where(layout.valid[:, 0], place, N)  # padding goes past the end, that is nowhere
-    put = lambda ring, new: ring.at[row, ring_block, place].set(new[:, 0], mode="drop")
-    return Past(put(past.keys, keys), put(past.values, values))
   if layout.valid is None:
     return Past(keys, values)
 
   def fill(old, new):
     missing = segments + 1 - old.shape[1]  # of a ring, M + 1 blocks, that has no past
     old = jnp.pad(old, [(0, 0), (missing, 0)] + [(0, 0)] * 3)
-    begun = jnp.where(layout.valid[:, :1, :, None, None], new[:, :1], old[:, :1])
+    begun = jnp.where(layout.valid[:, :1, None, :, None], new[:, :1], old[:, :1])
     new = jnp.concatenate([begun, new[:, 1:]], axis=1)
     before = jnp.concatenate([old, new], axis=1)[:, : layout.num_blocks]
-    return jnp.where(layout.valid[..., None, None], new, before)
+    return jnp.where(layout.valid[:, :, None, :, None], new, before)
 
   return Past(fill(past.keys, keys), fill(past.values, values))
 
 
 def write_ring(past: Past, own: Past, layout: Layout, R: int) -> Past:
-  """The ring `[B, M+1, N, K, d]` after the call."""
-  if layout.within:
-    return own
-  N = own.keys.shape[2]
+  """A layer's ring `[B, K, M+1, N, d]` after a call on a grid."""
+  N = own.keys.shape[3]
   last = layout.block + jnp.maximum(layout.slot + layout.count - 1, 0) // N  # last block touched
   behind = (last[:, None] - jnp.arange(R)) % R  # ring place j holds block last - behind
   index = (last - layout.block)[:, None] - behind + past.num_blocks
 
   def gather(old, new):
     ring = _take_blocks(jnp.concatenate([old, new], axis=1), index.clip(0))
-    return jnp.where((index >= 0)[..., None, None, None], ring, 0)
+    ring = jnp.where((index >= 0)[..., None, None, None], ring, 0)
+    return jnp.moveaxis(ring, 1, 2)
 
   return Past(gather(past.keys, own.keys), gather(past.values, own.values))
 
@@ -187,13 +182,8 @@ def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) 
   """
   cut = jax.lax.stop_gradient if memory.stop_gradient else lambda x: x
   N = memory.block_size
-  if layout.within:
-    R = own.num_blocks
-    filling = (jnp.arange(R) == (layout.block % R)[:, None])[:, :, None, None, None]
-    ring = jax.tree.map(lambda x: jnp.where(filling, x, cut(x)), own)
-    return [KeySet(*_ring_as_block(ring), _ring_mask(ring, layout, memory))]
   T, P = layout.num_blocks, past.num_blocks
-  keys = jnp.concatenate([past.keys, own.keys], axis=1)  # [B, P + T, N, K, d]
+  keys = jnp.concatenate([past.keys, own.keys], axis=1)  # [B, P + T, K, N, d]
   values = jnp.concatenate([past.values, own.values], axis=1)
   sets = []
   for distance in range(memory.memory_segments, -1, -1):
@@ -229,24 +219,6 @@ def _distance_mask(distance, t, layout, memory, *, has_past):
   for other in masks[1:]:
     mask = mask & other
   return mask
-
-
-def _ring_mask(ring, layout, memory):
-  """Which ring slots tokens within a block see: bool `[B, 1, 1, 1, n, (M+1) * N]`."""
-  R, N = ring.keys.shape[1:3]
-  back = (layout.block[:, None] - jnp.arange(R)) % R  # [B, R] blocks back
-  apart = (back * N + layout.slot[:, None])[..., None] - jnp.arange(N)  # [B, R, N] tokens back
-  apart = apart.reshape(-1, 1, R * N) + jnp.arange(layout.num_slots)[:, None]  # [B, n, R * N]
-  position = layout.positions(N)[:, 0, :, None]  # [B, n, 1]
-  mask = (apart >= 0) & (apart <= position)
-  if memory.window is not None:
-    mask &= apart < memory.window
-  return mask[:, None, None, None]
-
-
-def _ring_as_block(ring):
-  merge = lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:])
-  return merge(ring.keys), merge(ring.values)
 
 
 def _take_blocks(x: jax.Array, index: jax.Array) -> jax.Array:

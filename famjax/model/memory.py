@@ -23,13 +23,36 @@ from famjax.model.layers import Layer
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
+class Turns(NamedTuple):
+  """Cosines and sines of a call, the same in all layers.
+
+  Attributes:
+    token: `[B, T, n, d/2]`, at the tokens' positions.
+    write: `[B, T, F, d/2]`, of the FAM that a block writes.
+    read: `[B, T, F, d/2]`, of the FAM that a block sees: the one that the block before it wrote.
+    after: `[B, F, d/2]`, of the FAM that the row's next call sees.
+    prompt: `[F, d/2]`, of the initial FAM.
+  """
+
+  token: Turn
+  write: Turn
+  read: Turn
+  after: Turn
+  prompt: Turn
+
+
+def at_block(turn: Turn, t: int) -> Turn:
+  """One block's part of turns `[B, T, ...]`."""
+  return jax.tree.map(lambda x: x[:, t], turn)
+
+
 class Feedback(NamedTuple):
   """What `feedback` leaves behind.
 
   Attributes:
     fam: `[B, F, D]`, the FAM after the last full block.
-    keys: `[B, T, F, K, d]`, of the FAM that each block sees: what the block before it wrote.
-    values: `[B, T, F, K, d]`.
+    keys: `[B, T, K, F, d]`, of the FAM that each block sees: what the block before it wrote.
+    values: `[B, T, K, F, d]`.
   """
 
   fam: jax.Array
@@ -51,15 +74,15 @@ def update(
   Args:
     layer: the layer whose FAM it is; its own weights are used.
     fam: `[B, F, D]`, Fp.
-    block_keys: `[B, N, K, d]`, Kx, rotated; the block is full.
-    block_values: `[B, N, K, d]`, Vx.
+    block_keys: `[B, K, N, d]`, Kx, rotated; the block is full.
+    block_values: `[B, K, N, d]`, Vx.
     write: turns `[B, F, d/2]` at the positions of the FAM that is being written (Qf).
     read: turns `[B, F, d/2]` at the positions of `fam` itself (Kf).
     first: bool `[B]`, this is the first update: the initial FAM carries no context yet, and a zero
       tensor stands in its place in the residual (B.1).
 
   Returns:
-    Fn `[B, F, D]`, and Kf, Vf `[B, F, K, d]`.
+    Fn `[B, F, D]`, and Kf, Vf `[B, K, F, d]`.
   """
   queries, keys, values = layer.project(fam, write, read)
   attended = attend(
@@ -85,8 +108,8 @@ def feedback(
   Args:
     layer: as in `update`.
     fam: `[B, F, D]`, before the first block.
-    block_keys: `[B, T, N, K, d]`.
-    block_values: `[B, T, N, K, d]`.
+    block_keys: `[B, T, K, N, d]`.
+    block_values: `[B, T, K, N, d]`.
     write: turns `[B, T, F, d/2]`.
     read: turns `[B, T, F, d/2]`.
     first: bool `[B]`, whether an update at the first block would be the row's first.

@@ -44,8 +44,8 @@ def rotation(
 
 
 def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs (x[i], x[i + d/2]) of `x` `[..., heads, d]` by `turn` `[..., d / 2]`."""
-  cos, sin = (t[..., None, :] for t in turn)
+  """Turns the pairs (x[i], x[i + d/2]) of `x` `[..., heads, n, d]` by `turn` `[..., n, d / 2]`."""
+  cos, sin = (t[..., None, :, :] for t in turn)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
       [first * cos - second * sin, second * cos + first * sin], axis=-1

@@ -1,10 +1,27 @@
 """What a model remembers between calls: one explicit pytree of constant size."""
 
+from typing import NamedTuple
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from famjax.model.config import ModelConfig
+
+
+@struct.dataclass
+class Recent:
+  """The last tokens of a decoding loop, which leaves the ring as it is; `settle` puts them into it.
+
+  Attributes:
+    keys: `[L, B, K, s, d]`, rotated.
+    values: as `keys`.
+    count: int32 `[B]`, how many of the s places are in use.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  count: jax.Array
 
 
 @struct.dataclass
@@ -14,14 +31,15 @@ class State:
   Attributes:
     position: int32 `[B]`, tokens that each row has read since its start.
     offset: int32 `[B]`, the row's random position offset (B.2.2); 0 at inference.
-    keys: `[L, B, M+1, N, K, d]`, rotated keys of the last M full blocks and of the block that is
+    keys: `[L, B, K, M+1, N, d]`, rotated keys of the last M full blocks and of the block that is
       being filled; block `c` of a row stands at `c % (M+1)`. None: no row has a past.
     values: as `keys`.
     fam: `[L, B, F, D]`, each layer's FAM after the row's last full block.
-    fam_keys: `[L, B, F, K, d]`, its keys, rotated for the next block's queries; kept so that a
+    fam_keys: `[L, B, K, F, d]`, its keys, rotated for the next block's queries; kept so that a
       decoding step does not make them again.
-    fam_values: `[L, B, F, K, d]`.
+    fam_values: `[L, B, K, F, d]`.
     fam_updates: int32 `[B]`, times that the FAM was written; 0: it is the initial FAM.
+    recent: the last tokens, where they are not in the ring; None between calls.
   """
 
   position: jax.Array
@@ -32,6 +50,28 @@ class State:
   fam_keys: jax.Array
   fam_values: jax.Array
   fam_updates: jax.Array
+  recent: Recent | None = None
+
+
+class LayerMemory(NamedTuple):
+  """One layer's part of a `State`; shapes without the leading L."""
+
+  keys: jax.Array | None
+  values: jax.Array | None
+  fam: jax.Array
+  fam_keys: jax.Array
+  fam_values: jax.Array
+  recent_keys: jax.Array | None = None
+  recent_values: jax.Array | None = None
+
+
+def layer_memories(state: State) -> LayerMemory:
+  """All layers' parts, with the leading L."""
+  recent = state.recent
+  return LayerMemory(
+      state.keys, state.values, state.fam, state.fam_keys, state.fam_values,
+      *((None, None) if recent is None else (recent.keys, recent.values)),
+  )  # fmt: skip
 
 
 def empty_state(config: ModelConfig, batch_size: int, *, past: bool = True) -> State:
@@ -50,8 +90,8 @@ def empty_state(config: ModelConfig, batch_size: int, *, past: bool = True) -> S
   F, K, d = config.memory.length, config.kv_heads, config.head_width
   dtype = jnp.dtype(config.compute_dtype)
   zeros = lambda: jnp.zeros(B, jnp.int32)
-  ring = lambda: jnp.zeros((L, B, M + 1, N, K, d), dtype) if past else None
-  heads = lambda: jnp.zeros((L, B, F, K, d), dtype)
+  ring = lambda: jnp.zeros((L, B, K, M + 1, N, d), dtype) if past else None
+  heads = lambda: jnp.zeros((L, B, K, F, d), dtype)
   return State(
       position=zeros(), offset=zeros(), keys=ring(), values=ring(),
       fam=jnp.zeros((L, B, F, config.model_dim), dtype),
@@ -78,6 +118,53 @@ def restart(state: State, rows: jax.Array, *, fam: jax.Array, fam_updates: jax.A
       fam=jnp.where(rows[:, None, None], fam[:, None].astype(state.fam.dtype), state.fam),
       fam_updates=jnp.where(rows, fam_updates, state.fam_updates),
   )
+
+
+def with_recent(state: State, size: int) -> State:
+  """The state with room for `size` tokens beside the ring, for a decoding loop."""
+  room = lambda ring: jnp.zeros((*ring.shape[:-3], size, ring.shape[-1]), ring.dtype)
+  keys, values = jax.tree.map(room, (state.keys, state.values))
+  return state.replace(recent=Recent(keys, values, jnp.zeros_like(state.position)))
+
+
+def settle(state: State) -> State:
+  """Puts the recent tokens into the ring, in place where its buffer can be used again."""
+  count = state.recent.count
+  begin = state.position - count
+
+  def put(ring, new):
+    """`ring` `[B, K, M+1, N, d]` with `new` `[B, K, s, d]`."""
+    R, N = ring.shape[2:4]
+    place = jnp.arange(new.shape[2])
+    position = begin[:, None] + place  # [B, s]
+    kept = (place < count[:, None]) & (position >= (state.position - R * N)[:, None])
+    slot = jnp.where(kept, position % N, N)  # the others go past the end, that is nowhere
+    row = jnp.arange(ring.shape[0])[:, None]
+    new = jnp.swapaxes(new, 1, 2)
+    return ring.at[row, :, position // N % R, slot].set(new, mode="drop")
+
+  if isinstance(state.keys, tuple):  # unstacked
+    over_layers = lambda rings, new: tuple(map(put, rings, new))
+  else:
+    over_layers = jax.vmap(put)
+  return state.replace(
+      keys=over_layers(state.keys, state.recent.keys),
+      values=over_layers(state.values, state.recent.values),
+      recent=None,
+  )
+
+
+_STACKED = ("keys", "values", "fam", "fam_keys", "fam_values")
+
+
+def unstack(state: State) -> State:
+  """The state with a tuple of L arrays for each array `[L, ...]`, as `Decoder.unstacked` takes it."""
+  return state.replace(**{name: tuple(getattr(state, name)) for name in _STACKED})
+
+
+def stack(state: State) -> State:
+  """Undoes `unstack`."""
+  return state.replace(**{name: jnp.stack(getattr(state, name)) for name in _STACKED})
 
 
 def num_bytes(state: State) -> int:

@@ -36,7 +36,7 @@ def row_of(reading: Reading, row: int):
   state = reading.state
   position = int(state.position[row])
   places = np.arange(max(position // N - 1, 0) * N, position)  # M is 1
-  ring = lambda x: np.asarray(x)[:, row, places // N % 2, places % N]
+  ring = lambda x: np.asarray(x)[:, row][:, :, places // N % 2, places % N]
   fams = [np.asarray(x)[:, row] for x in (state.fam, state.fam_keys, state.fam_values)]
   rings = ring(state.keys), ring(state.values)
   return [reading.logits[row], reading.tail[row], position, *rings, *fams]

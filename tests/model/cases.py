@@ -196,10 +196,11 @@ def live(config, state, row) -> dict[str, np.ndarray]:
   places = np.arange(oldest, position)
   per_row = ("position", "offset", "fam_updates")
   fields = {name: np.asarray(getattr(state, name)[row]) for name in per_row}
-  for name in ("fam", "fam_keys", "fam_values"):
-    fields[name] = np.asarray(getattr(state, name)[:, row])
+  fields["fam"] = np.asarray(state.fam[:, row])
+  for name in ("fam_keys", "fam_values"):
+    fields[name] = np.asarray(getattr(state, name)[:, row]).swapaxes(1, 2)  # [L, F, K, d]
   for name in ("keys", "values"):
-    ring = np.asarray(getattr(state, name)[:, row])  # [L, M+1, N, K, d]
+    ring = np.moveaxis(np.asarray(getattr(state, name)[:, row]), 1, 3)  # [L, M+1, N, K, d]
     assert ring.shape[1:3] == (blocks, size)
     fields[name] = ring[:, places // size % blocks, places % size]  # [L, tokens, K, d]
   return fields

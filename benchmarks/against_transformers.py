@@ -1,0 +1,230 @@
+"""Reading a prompt and writing 128 tokens: famjax beside Hugging Face transformers, same weights.
+
+    pip install '.[hf]'
+    python benchmarks/against_transformers.py             # ... minutes on two CPU cores
+    python benchmarks/against_transformers.py --contexts=1024,8192 --batches=1
+
+A random Llama of some 30M parameters, float32, greedy. transformers has full attention (torch's
+own, "sdpa", and a growing cache of keys); famjax has the window and the FAM of `--segments` and
+`--fam`. First both are asked for logits with a window that covers the text: they are the same
+network. Each side of each case runs in a process of its own, on one core and on all of them, after a
+warm-up with the same shapes. Writes `report.json` and `against_transformers.png` to
+runs/against_transformers.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+import common
+import numpy as np
+
+NEW = 128  # tokens that are written
+REPEATS = {1024: 3}  # of the whole job, by context; 1 for the others
+MOST_CACHE = 9e9  # bytes of keys and values; torch copies them once more when they grow
+
+
+def to_llama(model):
+  """The same network in transformers: full attention over the same weights."""
+  import torch  # pylint: disable=import-outside-toplevel
+  import transformers  # pylint: disable=import-outside-toplevel
+
+  c = model.config
+  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=c.vocab_size, hidden_size=c.model_dim, num_hidden_layers=c.num_layers,
+      num_attention_heads=c.num_heads, num_key_value_heads=c.kv_heads,
+      intermediate_size=c.hidden_width, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
+      rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+      max_position_embeddings=1 << 20, attn_implementation="sdpa",
+  )).eval()  # fmt: skip
+  d = model.decoder
+  attention, feedforward = d.layers.attention, d.layers.feedforward
+  rows = lambda kernel, l, n: np.asarray(kernel.kernel[...])[l].reshape(n, -1).T  # [out, in]
+  D = c.model_dim
+  weights = {
+      "model.embed_tokens.weight": np.asarray(d.embedder.embedding[...]),
+      "model.norm.weight": np.asarray(d.final_norm.scale[...]),
+  }
+  for l in range(c.num_layers):
+    weights |= {
+        f"model.layers.{l}.{name}.weight": value
+        for name, value in {
+            "input_layernorm": np.asarray(d.layers.attention_norm.scale[...])[l],
+            "post_attention_layernorm": np.asarray(d.layers.feedforward_norm.scale[...])[l],
+            "self_attn.q_proj": rows(attention.query, l, D),
+            "self_attn.k_proj": rows(attention.key, l, D),
+            "self_attn.v_proj": rows(attention.value, l, D),
+            "self_attn.o_proj": rows(attention.out, l, c.num_heads * c.head_width),
+            "mlp.gate_proj": rows(feedforward.gate, l, D),
+            "mlp.up_proj": rows(feedforward.up, l, D),
+            "mlp.down_proj": rows(feedforward.down, l, c.hidden_width),
+        }.items()
+    }
+  weights = {name: torch.tensor(value) for name, value in weights.items()}
+  missing, unexpected = llama.load_state_dict(weights, strict=False)
+  if unexpected or set(missing) - {"lm_head.weight"}:
+    raise AssertionError(f"missing {missing}, unexpected {unexpected}")
+  return llama
+
+
+def difference(shape: dict[str, int]) -> float:
+  """Largest difference of logits over a text that the window covers."""
+  import torch  # pylint: disable=import-outside-toplevel
+
+  model = common.make_model(shape | {"fam": 0}, kind="bswa")
+  text = common.draw(shape["vocab"], shape["block"] + shape["block"] // 2)[None]
+  with torch.inference_mode():
+    theirs = to_llama(model)(torch.tensor(text)).logits.numpy()
+  return float(np.abs(np.asarray(model(text, model.init_state(1))[0]) - theirs).max())
+
+
+def ours(shape: dict[str, int], context: int, batch: int) -> dict[str, float]:
+  """Seconds to read, and to write `NEW` tokens."""
+  import jax  # pylint: disable=import-outside-toplevel
+
+  from famjax.inference.generation import Generation, Request  # pylint: disable=import-outside-toplevel
+
+  model = common.make_model(shape)
+  engine = model._engine  # pylint: disable=protected-access
+  prompts = [common.draw(shape["vocab"], context, seed) for seed in range(batch)]
+
+  def job():
+    began = time.perf_counter()
+    reading = jax.block_until_ready(engine.read(prompts, engine.start(batch)))
+    read = time.perf_counter()
+    generation = Generation(engine, model.vocabulary, [Request(NEW)] * batch, reading, prompts)
+    while not generation.done:
+      generation.round()
+    return read - began, time.perf_counter() - read, min(map(len, generation.tokens))
+
+  job()  # compiles
+  return _best(job, context)
+
+
+def theirs(shape: dict[str, int], context: int, batch: int, cores: int) -> dict[str, float]:
+  """As `ours`, in transformers."""
+  import torch  # pylint: disable=import-outside-toplevel
+
+  torch.set_num_threads(cores)
+  llama = to_llama(common.make_model(shape | {"fam": 0}, kind="bswa"))
+  text = torch.tensor(np.stack([
+      common.draw(shape["vocab"], context, seed) for seed in range(batch)
+  ]))  # fmt: skip
+
+  @torch.inference_mode()
+  def job(text=text):
+    began = time.perf_counter()
+    out = llama(text, use_cache=True, logits_to_keep=1)
+    read = time.perf_counter()
+    for _ in range(NEW):
+      token = out.logits[:, -1:].argmax(-1)
+      out = llama(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    return read - began, time.perf_counter() - read, NEW
+
+  job(text[:, :256])
+  return _best(job, context)
+
+
+def _best(job, context):
+  """The median run by total time; every run has to write all of its tokens."""
+  runs = sorted((job() for _ in range(REPEATS.get(context, 1))), key=lambda run: run[0] + run[1])
+  read, write, count = runs[len(runs) // 2]
+  if count != NEW:
+    raise AssertionError(f"a row came to its end after {count} tokens; take another seed")
+  return {"read_s": read, "write_s": write, "written": count}
+
+
+def plot(cases: list[dict], path: pathlib.Path, title: str) -> None:
+  """Draws seconds of the whole job and milliseconds per written token against the context."""
+  import matplotlib  # pylint: disable=import-outside-toplevel
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
+
+  figure, both = plt.subplots(1, 2, figsize=(10, 4), dpi=150, layout="constrained")
+  lines = sorted({(c["side"], c["cores"], c["batch"]) for c in cases if c["batch"] == 1})
+  for side, cores, batch in lines:
+    mine = [c for c in cases if (c["side"], c["cores"], c["batch"]) == (side, cores, batch)]
+    x = [c["context"] for c in mine]
+    style = dict(
+        color="C0" if side == "famjax" else "C1", marker="o", linestyle="--" if cores == 1 else "-",
+        label=f"{side}, {cores} core{'s' if cores > 1 else ''}",
+    )  # fmt: skip
+    both[0].plot(x, [c["read_s"] + c["write_s"] for c in mine], **style)
+    both[1].plot(x, [c["write_s"] / c["written"] * 1e3 for c in mine], **style)
+  both[0].set_ylabel(f"seconds: read, and write {NEW} tokens")
+  both[1].set_ylabel("milliseconds per written token")
+  for axes in both:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of context")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+  figure.suptitle(title)
+  figure.savefig(path)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", default="runs/against_transformers", help="directory of the report")
+  parser.add_argument("--contexts", default="1024,8192,32768", help="tokens, with commas")
+  parser.add_argument("--batches", default="1,16", help="rows, with commas")
+  parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # in this process
+  common.add_shape(parser)
+  arguments = parser.parse_args()
+  shape = common.shape_of(arguments)
+  if arguments.part:
+    print(json.dumps(run_part(arguments.part, shape)))
+    return
+  out = pathlib.Path(arguments.out)
+  out.mkdir(parents=True, exist_ok=True)
+  options = [f"--{name}={value}" for name, value in shape.items()]
+  apart = common.alone(__file__, {"check": True}, options)
+  print(f"largest difference of logits: {apart:.1e}", flush=True)
+  if not apart < 1e-3:
+    sys.exit("the two networks are not the same")
+  cases = []
+  for context in map(int, arguments.contexts.split(",")):
+    for batch in map(int, arguments.batches.split(",")):
+      for cores in sorted({1, len(os.sched_getaffinity(0))}):
+        for side in ("famjax", "transformers"):
+          cache = 8 * shape["layers"] * shape["width"] * context * batch
+          if side == "transformers" and cache > MOST_CACHE:
+            print(f"transformers at {context} x {batch}: left out, {cache / 1e9:.0f} GB of keys")
+            continue
+          part = {"side": side, "context": context, "batch": batch, "cores": cores}
+          cases.append(part | common.alone(__file__, part, options))
+          print(_line(cases[-1]), flush=True)
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
+  report.write_json(out / "report.json", {
+      "command": ["python", *sys.argv], "shape": shape, "machine": report.machine(),
+      "largest_difference_of_logits": apart, "new_tokens": NEW, "cases": cases,
+  })  # fmt: skip
+  plot(cases, out / "against_transformers.png", common.describe(shape))
+  print(f"report: {out / 'report.json'}   plot: {out / 'against_transformers.png'}")
+
+
+def run_part(part: dict[str, object], shape: dict[str, int]):
+  if "check" in part:
+    return difference(shape)
+  common.use_cores(part["cores"])
+  if part["side"] == "famjax":
+    return ours(shape, part["context"], part["batch"])
+  return theirs(shape, part["context"], part["batch"], part["cores"])
+
+
+def _line(case):
+  total, batch = case["read_s"] + case["write_s"], case["batch"]
+  return (
+      f"{case['side']:12}  {case['context']:6,} x {batch:2}  {case['cores']} cores"
+      f"  read {case['context'] * batch / case['read_s']:8,.0f} tokens/s"
+      f"  write {case['written'] * batch / case['write_s']:7,.1f} tokens/s  whole job {total:8.2f} s"
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,129 @@
+"""Calls that stay within a block: decoding, and what is read up to a block's end.
+
+A ring is far larger than the few tokens that such a call adds. It stays as it is: the tokens' keys
+and values are given out beside it, and `state.settle` puts them into it, after every call, or once
+for all tokens of a decoding loop, which then goes through the ring but never copies it. The
+feedback loop turns once, for the rows whose block is full now.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from famjax.model import memory
+from famjax.model.attention import KeySet, attend
+from famjax.model.blocks import Layout
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.layers import Layer
+from famjax.model.memory import Turns
+from famjax.model.state import LayerMemory
+
+
+def apply_layer(
+    layer: Layer,
+    x: jax.Array,
+    mine: LayerMemory,
+    layout: Layout,
+    turns: Turns,
+    first: jax.Array,
+    config: ModelConfig,
+) -> tuple[jax.Array, LayerMemory]:
+  """`decoder.apply_layer` for a call within a block.
+
+  Args:
+    layer: its weights.
+    x: `[B, 1, n, D]`, the layer's input.
+    mine: the layer's memory before the call.
+    layout: where the tokens stand.
+    turns: rotations.
+    first: bool `[B]`, the FAM has not been written yet.
+    config: of the model.
+
+  Returns:
+    `x'` `[B, 1, n, D]`, and the layer's memory after the call, but for its ring, which is as it was:
+    `recent_keys` and `recent_values` `[B, K, s, d]` hold the tokens that are not in it.
+  """
+  queries, keys, values = layer.project(x, turns.token, turns.token)
+  recent = (
+      _append(mine.recent_keys, keys[:, 0], layout),
+      _append(mine.recent_values, values[:, 0], layout),
+  )
+  seen = lambda ring: _as_block(_cut(ring, layout) if config.memory.stop_gradient else ring)
+  in_ring, in_recent = _masks(layout, recent[0].shape[2], config.memory)
+  key_sets = [
+      KeySet(seen(mine.keys), seen(mine.values), in_ring),
+      KeySet(recent[0][:, None], recent[1][:, None], in_recent),
+  ]
+  after = mine._replace(keys=None, values=None, recent_keys=recent[0], recent_values=recent[1])
+  if config.memory.length:  # FAM
+    key_sets.insert(-1, KeySet(mine.fam_keys[:, None], mine.fam_values[:, None]))
+    fam, fam_keys, fam_values = _feedback(layer, mine, recent, layout, turns, first)
+    after = after._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
+  return layer.close(attend(queries, key_sets), x), after
+
+
+def _feedback(layer, mine, recent, layout, turns, first):
+  """The FAM after the call, new in the rows whose block is full now, and its keys and values."""
+  full = layout.full[:, 0]
+
+  def turn():
+    fam, _, _ = memory.update(
+        layer, mine.fam,
+        _own_block(mine.keys, recent[0], layout), _own_block(mine.values, recent[1], layout),
+        memory.at_block(turns.write, 0), memory.at_block(turns.read, 0), first,
+    )  # fmt: skip
+    fam = jnp.where(full[:, None, None], fam, mine.fam)
+    return fam, *layer.keys_values(fam, turns.after)
+
+  return jax.lax.cond(jnp.any(full), turn, lambda: (mine.fam, mine.fam_keys, mine.fam_values))
+
+
+def _append(recent, new, layout):
+  """`[B, K, s, d]`: the call's tokens `[B, K, n, d]` behind the recent ones, if there are any."""
+  if recent is None:
+    return new
+  row = jnp.arange(new.shape[0])[:, None]
+  place = layout.recent[:, None] + jnp.arange(layout.num_slots)  # [B, n]
+  return recent.at[row, :, place].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+
+def _own_block(ring, recent, layout):
+  """`[B, K, N, d]`: the block that rows are in, from a layer's ring and what is not yet in it."""
+  row, (R, N) = jnp.arange(ring.shape[0]), ring.shape[2:4]
+  place = jnp.arange(N) - (layout.slot - layout.recent)[:, None]  # [B, N], among the recent
+  late = jnp.take_along_axis(recent, place.clip(0, recent.shape[2] - 1)[:, None, :, None], axis=2)
+  return jnp.where((place >= 0)[:, None, :, None], late, ring[row, :, layout.block % R])
+
+
+def _as_block(ring):
+  """A layer's ring `[B, K, M+1, N, d]` as the keys of one block, `[B, 1, K, (M+1) * N, d]`."""
+  B, K, R, N, d = ring.shape
+  return ring.reshape(B, 1, K, R * N, d)
+
+
+def _cut(ring, layout):
+  """The ring with gradients stopped, but for those of the block that is being filled."""
+  R = ring.shape[2]
+  filling = jnp.arange(R) == (layout.block % R)[:, None]  # [B, R]
+  return jnp.where(filling[:, None, :, None, None], ring, jax.lax.stop_gradient(ring))
+
+
+def _masks(layout: Layout, num_recent: int, config: MemoryConfig) -> tuple[jax.Array, jax.Array]:
+  """Which ring slots and which recent tokens the call's tokens see.
+
+  Returns:
+    bool `[B, 1, 1, 1, n or 1, (M+1) * N]` and `[B, 1, 1, 1, n, s]`.
+  """
+  R, N = config.memory_segments + 1, config.block_size
+  query = layout.positions(N)[:, 0, :, None]  # [B, n, 1]
+  oldest = ((layout.block - R + 1) * N).clip(0)[:, None, None]  # first position that is seen
+  begin = query[:, :1] - layout.recent[:, None, None]  # first position that is not in the ring
+  newest = begin[:, 0] // N  # [B, 1] block that the ring is at
+  block = newest - (newest - jnp.arange(R)) % R  # [B, R], of each place in the ring
+  stored = (block[..., None] * N + jnp.arange(N)).reshape(-1, 1, R * N)
+  recent = begin + jnp.arange(num_recent)  # [B, 1, s]
+  in_ring = (stored >= oldest) & (stored < begin)
+  in_recent = (recent >= oldest) & (recent <= query)
+  if config.window is not None:
+    in_ring &= query - stored < config.window
+    in_recent &= query - recent < config.window
+  return in_ring[:, None, None, None], in_recent[:, None, None, None]

@@ -1,0 +1,97 @@
+"""Decoding loops: tokens that wait beside the ring, and layers that stand apart."""
+
+import functools
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famjax.model.state import settle, stack, unstack, with_recent
+from tests.model import cases
+from tests.model.cases import BATCH, Stream
+
+ROOM = 9  # tokens of a loop: more than the ring of the smallest blocks holds
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "end"), compiler_options=cases.QUICK
+)
+def step(config, params, tokens, state, lengths, end):
+  """One token of each row, in a loop that leaves the ring as it is."""
+  model = cases.model(config, params)
+  logits, state = model(tokens, state, lengths=lengths)
+  return logits, settle(state) if end else state
+
+
+@settings(max_examples=15)
+@given(
+    config=st.sampled_from([cases.FAM[0], cases.FAM[2], cases.BSWA[0]]),
+    seed=cases.seeds, data=st.data(),
+)  # fmt: skip
+def test_tokens_beside_the_ring_count_like_tokens_in_it(config, seed, data):
+  """Over several block boundaries, in rows that stand elsewhere and wait at times."""
+  rng = np.random.default_rng(seed)
+  params = cases.random_params(config, seed)
+  plain = Stream(config, params)
+  before = [data.draw(st.integers(0, cases.piece(config))) for _ in range(BATCH)]
+  plain.feed(cases.draw_tokens(rng, BATCH, cases.piece(config)), lengths=before)
+  state = with_recent(plain.state, ROOM)
+  for i in range(ROOM):
+    tokens = jnp.asarray(cases.draw_tokens(rng, BATCH, 1), jnp.int32)
+    lengths = jnp.asarray(data.draw(st.lists(st.integers(0, 1), min_size=BATCH, max_size=BATCH)))
+    logits, state = step(config, params, tokens, state, lengths, end=i == ROOM - 1)
+    expected = plain.feed(tokens, lengths=lengths)
+    for row in np.flatnonzero(np.asarray(lengths)):
+      np.testing.assert_allclose(logits[row], expected[row], **cases.TOLERANCE)
+  for row in range(BATCH):
+    cases.assert_same_row(config, state, row, plain.state, row)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "how"), compiler_options=cases.QUICK)
+def call(graphdef, params, tokens, state, how):
+  options = dict(aligned=how == "aligned", within_block=how == "within")
+  if how == "aligned":
+    options["start_of_sequence"] = jnp.array([True, False])
+  return nnx.merge(graphdef, params)(tokens, state, **options)
+
+
+@pytest.mark.parametrize(
+    "config, how",
+    [
+        (cases.FAM[1], "aligned"), (cases.FAM[1], "anywhere"), (cases.FAM[1], "within"),
+        (cases.FAM[6], "aligned"), (cases.BSWA[0], "within"),
+    ],
+)  # fmt: skip
+def test_layers_that_stand_apart_are_the_same_layers(config, how):
+  rng = np.random.default_rng(0)
+  params = cases.random_params(config, 0)
+  model = cases.model(config, params)
+  size = config.memory.block_size
+  state = Stream(config, params).state
+  tokens = cases.draw_tokens(rng, BATCH, size if how == "within" else size + 1)
+  expected, after = call(*nnx.split(model), tokens, state, how)
+  logits, mine = call(*nnx.split(model.unstacked()), tokens, unstack(state), how)
+  np.testing.assert_allclose(logits, expected, **cases.TOLERANCE)
+  for row in range(BATCH):
+    cases.assert_same_row(config, stack(mine), row, after, row)
+
+
+def test_layers_that_stand_apart_are_views_on_a_cpu():
+  config = cases.bswa(4, 1, 0, 2, (2, 2), dim=64)
+  model = cases.model(config, cases.random_params(config, 0))
+  whole = model.layers.feedforward.gate.kernel[...]
+  part = model.unstacked().layers[1].feedforward.gate.kernel[...]
+  assert part.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + part.nbytes
+
+
+def test_a_waiting_state_reads_on_within_a_block_alone():
+  config = cases.FAM[0]
+  params = cases.random_params(config, 0)
+  model = cases.model(config, params)
+  state = with_recent(cases.init_state(config, params), ROOM)
+  with pytest.raises(ValueError, match="settle it first"):
+    model(jnp.zeros((BATCH, 3), jnp.int32), state)
