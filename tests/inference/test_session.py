@@ -64,6 +64,24 @@ def test_reading_in_sittings_equals_reading_at_once(tmp_path):
   jax.tree.map(close, parts, whole)
 
 
+@pytest.mark.slow
+def test_a_million_tokens_in_three_sittings_equal_a_million_at_once(tmp_path):
+  config = tiny.config(block_size=128, fam_length=8)
+  model = Model(Decoder(config, rngs=nnx.Rngs(0)), tiny.BYTES)
+  tokens = np.random.default_rng(0).integers(3, 259, 1_000_000)
+  for part in np.split(tokens, [333_333, 700_001]):
+    session.save(tmp_path / "s", model.read(part, session.load(tmp_path / "s", model)), model)
+  in_sittings, at_once = session.load(tmp_path / "s", model), model.read(tokens)
+  assert in_sittings.state.position[0] == len(tokens)
+  assert in_sittings.state.fam_updates[0] == len(tokens) // 128
+
+  def close(a, b):
+    """The random FAM's residual grows without end, to 15,000, and its rounding with it."""
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1))
+
+  jax.tree.map(close, in_sittings, at_once)
+
+
 def test_a_session_of_another_model_is_refused_and_the_field_is_named(tmp_path):
   model = tiny.model()
   session.save(tmp_path, model.read(TEXT), model)
