@@ -1,7 +1,7 @@
 """What reading without end costs: memory and time per token, at lengths from 1k to 1M tokens.
 
-    python benchmarks/streaming.py                       # six minutes on two CPU cores
-    python benchmarks/streaming.py --longest=100000
+    python benchmarks/streaming.py
+    python benchmarks/streaming.py --longest=102400
 
 A random model reads random tokens through the streaming engine, each length in a process of its
 own. After them it reads some more and writes some, several times from the same place. Writes
@@ -16,8 +16,8 @@ import sys
 
 import common
 
-LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
-DEFAULTS = dict(layers=4, width=256, ff=704, vocab=259)
+LENGTHS = (1_024, 10_240, 102_400, 1_024_000)  # whole blocks, so that reading goes on from one
+DEFAULTS = dict(layers=4, width=256, ff=704, vocab=8192)
 REPEATS = 15
 WRITTEN = 64  # tokens
 
@@ -39,23 +39,23 @@ def measure(length: int, shape: dict[str, int]) -> dict[str, float]:
   def write(after):
     stream = model.generate(state=after, max_new_tokens=WRITTEN, temperature=1.0)
     list(stream)
-    return len(stream.tokens)
+    if len(stream.tokens) != WRITTEN:
+      raise AssertionError(f"the text came to its end after {len(stream.tokens)} of {WRITTEN} tokens")
 
-  for n in LENGTHS:  # every process compiles the same programs
+  for n in LENGTHS:  # compiles, the same in every process
     read(n % chunk + chunk)
   reading = read(length % chunk) if length % chunk else model.start()
   write(read(1))
   for i in range(length // chunk):
     reading = read(chunk, reading, seed=i)
   read_s = common.median(lambda: read(chunk, reading), REPEATS)
-  written = []
-  write_s = common.median(lambda: written.append(write(reading)), REPEATS)
+  write_s = common.median(lambda: write(reading), REPEATS)
   return {
       "tokens": length,
       "state_bytes": num_bytes(reading.state),
       "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
       "read_ms_per_token": read_s / chunk * 1e3,
-      "write_ms_per_token": write_s / max(written[0], 1) * 1e3,
+      "write_ms_per_token": write_s / WRITTEN * 1e3,
   }
 
 

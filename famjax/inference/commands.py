@@ -22,7 +22,6 @@ from famjax.model.state import num_bytes
 
 _LIMITS = ("max_new_tokens", "stop", "stop_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_PART = 1 << 14  # tokens of a text that are read before it is asked for Ctrl-C
 _QUIET_BELOW = 20_000  # tokens; what is read sooner than anybody looks shows no progress
 
 
@@ -34,33 +33,15 @@ def generate(arguments: argparse.Namespace) -> int:
   after = session.load(arguments.session, model) if arguments.session else None
   prompt = _text(arguments.prompt, arguments.file, needed=after is None)
   with _progress(len(prompt)) as progress:
-    after, rest, interrupted = _read_most(model, prompt, after, progress)
-    if interrupted:
-      if arguments.session:
-        session.save(arguments.session, after, model)
-      kept = "the session holds" if arguments.session else "without a session nothing keeps"
-      print(f"famjax: {kept} all but the last {len(rest):,} tokens of the text", file=sys.stderr)
-      return 130
-    stream = model.generate(rest, state=after, progress=progress, **_settings(arguments))
+    stream = model.generate(
+        prompt, state=after, progress=progress, **_settings(arguments)
+    )
   try:
     interrupted = _show(stream)
   finally:  # also if nobody takes the text any more
     if arguments.session:
       session.save(arguments.session, stream.reading, model)
   return 130 if interrupted else 0
-
-
-def _read_most(model: Model, prompt: str, after: Reading | None, progress):
-  """Reads a long text part by part up to its last part, so that Ctrl-C ends between two of them.
-
-  Returns:
-    Where the row stands, the tokens that are left, and whether Ctrl-C has ended the reading.
-  """
-  tokens = model.vocabulary.encode(prompt)
-  with _interrupts() as asked:
-    while len(tokens) > _PART and not asked:
-      after, tokens = model.read(tokens[:_PART], after, progress=progress), tokens[_PART:]
-  return after, tokens, bool(asked)
 
 
 def _show(stream: Stream) -> bool:

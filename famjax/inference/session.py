@@ -18,7 +18,7 @@ from famjax.inference.model import Model
 from famjax.training.checkpoint import list_steps, load_items, quiet, reason
 from famjax.training.checkpoint import with_empty, without_empty
 
-FORMAT = 1  # raised when a State changes its meaning
+FORMAT = 2  # raised when a State changes its meaning
 
 
 def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:

@@ -7,7 +7,7 @@ is slot `position % N` of block `position // N`. A call lays its tokens out on a
   aligned: every row stands at a block boundary (training, prefill): token `i` is grid slot `i`.
   ragged:  rows stand anywhere: token `i` of row `b` is grid slot `position[b] % N + i`.
   within:  rows stand anywhere and stay in their block (decoding): the grid is the call's tokens and
-           nothing else, `[B, 1, n]` with n = S; all other keys are in the ring (within.py).
+           nothing else, `[B, 1, n]` with n = S; other keys are in the ring or beside it (within.py).
 """
 
 from flax import struct
@@ -79,7 +79,7 @@ def make_layout(
 ) -> Layout:
   """Lays `S` tokens of each row out on blocks of `N`; see `Layout`."""
   position = state.position
-  within = within or (S == 1 and not aligned)
+  within = (within or S == 1) and not aligned
   T = 1 if within else -(-S // N) if aligned else -(-(S + N - 1) // N)
   slot = jnp.zeros_like(position) if aligned else position % N
   count = jnp.full_like(position, S) if lengths is None else lengths

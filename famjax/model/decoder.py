@@ -15,7 +15,7 @@ from famjax.model import blocks, memory, rope, within
 from famjax.model.attention import KeySet, attend
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
-from famjax.model.state import LayerMemory, Recent, State, empty_state, layer_memories, settle
+from famjax.model.state import LayerMemory, Recent, State, empty_state, layer_memories, settle, unstack
 
 
 def apply_layer(
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
 
   Attributes:
     embedder: `embedding` `[V, D]`.
-    layers: a `Layer` whose parameters carry a leading axis L.
+    layers: a `Layer` whose parameters carry a leading axis L; `unstacked`: L of them.
     final_norm: before the logits.
     head: `kernel` `[D, V]`, where embeddings are not tied.
     fam_prompt: `[F, D]`, the only weight that a FAM adds; or
@@ -182,9 +182,9 @@ class Decoder(nnx.Module):
     if state is None:
       state = empty_state(config, B, past=False)
       start_of_sequence, aligned = jnp.ones(B, bool), True
+    if self.is_unstacked and not isinstance(state.fam, tuple):
+      state = unstack(state)
     starting = start_of_sequence is not None
-    if state.recent is not None and (starting or not (within_block or S == 1)):
-      raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
     if starting:
       zero = lambda x: jnp.where(start_of_sequence, 0, x)
       state = state.replace(
@@ -192,8 +192,10 @@ class Decoder(nnx.Module):
       )
     N = config.memory.block_size
     layout = blocks.make_layout(
-        state, S, lengths, aligned=aligned, within=within_block and not aligned, N=N
+        state, S, lengths, aligned=aligned, within=within_block, N=N
     )
+    if state.recent is not None and (starting or not layout.within):
+      raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
     turns = self._turns(layout, state.offset)
     first = state.fam_updates == 0
 
@@ -249,7 +251,8 @@ class Decoder(nnx.Module):
 
     XLA copies there what a scan hands to a layer before it uses it, and a decoding step does little
     more than to go through the weights once: with 30M parameters 26 ms instead of 8. The arrays are
-    views of this decoder's, not copies. Its states are those of `state.unstack`.
+    views of this decoder's, but for parts that are not aligned in memory, which are copied. It takes
+    states of either form and returns those of `state.unstack`.
     """
     graphdef, weights = nnx.split(self.layers)
     decoder = nnx.merge(*nnx.split(self))

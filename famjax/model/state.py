@@ -40,6 +40,8 @@ class State:
     fam_values: `[L, B, K, F, d]`.
     fam_updates: int32 `[B]`, times that the FAM was written; 0: it is the initial FAM.
     recent: the last tokens, where they are not in the ring; None between calls.
+
+  An unstacked state has a tuple of L arrays where one with a leading L stands above.
   """
 
   position: jax.Array
@@ -121,7 +123,7 @@ def restart(state: State, rows: jax.Array, *, fam: jax.Array, fam_updates: jax.A
 
 
 def with_recent(state: State, size: int) -> State:
-  """The state with room for `size` tokens beside the ring, for a decoding loop."""
+  """The state with room for at most `size` tokens beside the ring, for a decoding loop."""
   room = lambda ring: jnp.zeros((*ring.shape[:-3], size, ring.shape[-1]), ring.dtype)
   keys, values = jax.tree.map(room, (state.keys, state.values))
   return state.replace(recent=Recent(keys, values, jnp.zeros_like(state.position)))
@@ -143,13 +145,10 @@ def settle(state: State) -> State:
     new = jnp.swapaxes(new, 1, 2)
     return ring.at[row, :, position // N % R, slot].set(new, mode="drop")
 
-  if isinstance(state.keys, tuple):  # unstacked
-    over_layers = lambda rings, new: tuple(map(put, rings, new))
-  else:
-    over_layers = jax.vmap(put)
+  each = put if isinstance(state.keys, tuple) else jax.vmap(put)  # unstacked, or stacked
   return state.replace(
-      keys=over_layers(state.keys, state.recent.keys),
-      values=over_layers(state.values, state.recent.values),
+      keys=jax.tree.map(each, state.keys, state.recent.keys),
+      values=jax.tree.map(each, state.values, state.recent.values),
       recent=None,
   )
 
@@ -159,7 +158,8 @@ _STACKED = ("keys", "values", "fam", "fam_keys", "fam_values")
 
 def unstack(state: State) -> State:
   """The state with a tuple of L arrays for each array `[L, ...]`, as `Decoder.unstacked` takes it."""
-  return state.replace(**{name: tuple(getattr(state, name)) for name in _STACKED})
+  apart = lambda x: None if x is None else tuple(x)
+  return state.replace(**{name: apart(getattr(state, name)) for name in _STACKED})
 
 
 def stack(state: State) -> State:

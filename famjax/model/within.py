@@ -65,7 +65,7 @@ def _feedback(layer, mine, recent, layout, turns, first):
   """The FAM after the call, new in the rows whose block is full now, and its keys and values."""
   full = layout.full[:, 0]
 
-  def turn():
+  def write():
     fam, _, _ = memory.update(
         layer, mine.fam,
         _own_block(mine.keys, recent[0], layout), _own_block(mine.values, recent[1], layout),
@@ -74,7 +74,7 @@ def _feedback(layer, mine, recent, layout, turns, first):
     fam = jnp.where(full[:, None, None], fam, mine.fam)
     return fam, *layer.keys_values(fam, turns.after)
 
-  return jax.lax.cond(jnp.any(full), turn, lambda: (mine.fam, mine.fam_keys, mine.fam_values))
+  return jax.lax.cond(jnp.any(full), write, lambda: (mine.fam, mine.fam_keys, mine.fam_values))
 
 
 def _append(recent, new, layout):

@@ -1,6 +1,5 @@
 """generate, score and chat, as a user meets them."""
 
-import contextlib
 import io
 import json
 import os
@@ -246,32 +245,6 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
 def test_a_model_that_is_not_there(capsys):
   assert cli.main(["generate", "/nowhere", "--prompt=a"]) == 2
   assert "no famjax checkpoint can be read at /nowhere" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("with_session", [True, False])
-def test_an_interrupt_of_a_long_reading_keeps_what_was_read(
-    run_dir, model, tmp_path, monkeypatch, capsys, with_session
-):
-  monkeypatch.setattr(commands, "_PART", 8)
-
-  @contextlib.contextmanager
-  def interrupted_progress(characters):
-    del characters
-    yield lambda tokens: signal.raise_signal(signal.SIGINT)
-
-  monkeypatch.setattr(commands, "_progress", interrupted_progress)
-  options = [f"--session={tmp_path / 's'}"] if with_session else []
-  assert cli.main(["generate", run_dir, f"--prompt={PROMPT}", *options]) == 130
-  shown = capsys.readouterr()
-  assert not shown.out and f"all but the last {len(PROMPT) - 8} tokens" in shown.err
-  if not with_session:
-    assert "without a session" in shown.err
-    return
-  kept = session.load(tmp_path / "s", model)
-  np.testing.assert_array_equal(kept.logits, model.read(PROMPT[:8]).logits)
-  monkeypatch.undo()
-  rest = "".join(model.generate(PROMPT[8:], max_new_tokens=5, state=kept))
-  assert rest == text_after(model, PROMPT, 5)
 
 
 def test_an_interrupt_prints_what_there_is_and_saves_the_session(run_dir, model, tmp_path):

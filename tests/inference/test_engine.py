@@ -109,7 +109,7 @@ def test_every_shape_is_compiled_once():
   stream = model.generate("b" * 41, max_new_tokens=40, temperature=1.0, top_p=0.5, stop=["\n"])
   list(stream)
   from_host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), stream.reading)
-  list(model.generate("c" * 41, max_new_tokens=40, state=from_host, repetition_penalty=1.1))
+  list(model.generate("c" * 44, max_new_tokens=40, state=from_host, repetition_penalty=1.1))
   assert [f._cache_size() for f in functions] == sizes
 
 
@@ -192,6 +192,18 @@ def test_rows_write_what_each_writes_alone(kind):
     (alone,), reading_alone = write(kind, after, [count[row]], how[row], most=5)
     assert together[row] == alone and len(alone) == count[row]
     assert_same_row(reading, row, reading_alone, 0)
+
+
+def test_stacked_layers_write_what_unstacked_ones_write(monkeypatch):
+  """The form that accelerators use, of which a CPU makes no use otherwise."""
+  mine = make("fam")
+  reading = mine.read(draw(3, 6, 9), mine.start(2))
+  expected, after = write("fam", reading, [STEPS + 3, 9])
+  monkeypatch.setitem(vars(mine), "_writer", (mine.graphdef, mine.params))
+  tokens, stacked = write("fam", reading, [STEPS + 3, 9])
+  assert tokens == expected
+  for row in range(2):
+    assert_same_row(stacked, row, after, row)
 
 
 def test_a_stop_token_is_neither_written_nor_read():
