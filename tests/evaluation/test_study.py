@@ -151,6 +151,15 @@ def test_fewer_steps_than_were_trained_are_no_result(tmp_path):
   assert (root / "report.json").read_text() == report
 
 
+@pytest.fixture(name="ctrl_c")
+def _ctrl_c():
+  """Ctrl-C as at a terminal; what a script starts in the background ignores it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     "sent, raised, message",
     [
