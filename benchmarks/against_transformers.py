@@ -1,19 +1,20 @@
 """Reading a prompt and writing 128 tokens: famjax beside Hugging Face transformers, same weights.
 
-    pip install '.[hf]'
     python benchmarks/against_transformers.py
     python benchmarks/against_transformers.py --contexts=1024,8192 --batches=1
+
+It needs the extra `hf` (WORKSPACE.md, "Setting up").
 
 A random Llama of some 30M parameters, float32, greedy. transformers has full attention (torch's
 own, "sdpa", and a growing cache of keys); famjax has the window and the FAM of `--segments` and
 `--fam`. First both are asked for logits with a window that covers the text: they are the same
 network. Each side of each case runs in a process of its own, on one core and on all of them. famjax
-compiles in a first run of the whole job, torch warms up on 256 tokens. Writes `report.json` and `against_transformers.png` to
-runs/against_transformers.
+compiles in a first run of the whole job, torch warms up on 256 tokens. Writes `report.json` and
+`against_transformers.png` to runs/against_transformers.
 """
 
 import argparse
-import json
+import itertools
 import os
 import pathlib
 import sys
@@ -70,7 +71,7 @@ def to_llama(model):
   return llama
 
 
-def difference(shape: dict[str, int]) -> float:
+def difference(shape: common.Shape) -> float:
   """Largest difference of logits over a text that the window covers."""
   import torch  # pylint: disable=import-outside-toplevel
 
@@ -81,7 +82,7 @@ def difference(shape: dict[str, int]) -> float:
   return float(np.abs(np.asarray(model(text, model.init_state(1))[0]) - theirs).max())
 
 
-def ours(shape: dict[str, int], context: int, batch: int) -> dict[str, float]:
+def ours(shape: common.Shape, context: int, batch: int) -> dict[str, float]:
   """Seconds to read, and to write `NEW` tokens."""
   import jax  # pylint: disable=import-outside-toplevel
 
@@ -104,7 +105,7 @@ def ours(shape: dict[str, int], context: int, batch: int) -> dict[str, float]:
   return _best(job, context)
 
 
-def theirs(shape: dict[str, int], context: int, batch: int, cores: int) -> dict[str, float]:
+def theirs(shape: common.Shape, context: int, batch: int, cores: int) -> dict[str, float]:
   """As `ours`, in transformers."""
   import torch  # pylint: disable=import-outside-toplevel
 
@@ -137,84 +138,53 @@ def _best(job, context):
   return {"read_s": read, "write_s": write, "written": count}
 
 
-def plot(cases: list[dict], path: pathlib.Path, title: str) -> None:
-  """Draws seconds of the whole job and milliseconds per written token against the context."""
-  import matplotlib  # pylint: disable=import-outside-toplevel
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
-
-  figure, both = plt.subplots(1, 2, figsize=(10, 4), dpi=150, layout="constrained")
-  lines = sorted({(c["side"], c["cores"], c["batch"]) for c in cases if c["batch"] == 1})
-  for side, cores, batch in lines:
-    mine = [c for c in cases if (c["side"], c["cores"], c["batch"]) == (side, cores, batch)]
-    x = [c["context"] for c in mine]
-    style = dict(
-        color="C0" if side == "famjax" else "C1", marker="o", linestyle="--" if cores == 1 else "-",
-        label=f"{side}, {cores} core{'s' if cores > 1 else ''}",
-    )  # fmt: skip
-    both[0].plot(x, [c["read_s"] + c["write_s"] for c in mine], **style)
-    both[1].plot(x, [c["write_s"] / c["written"] * 1e3 for c in mine], **style)
-  both[0].set_ylabel(f"seconds: read, and write {NEW} tokens")
-  both[1].set_ylabel("milliseconds per written token")
-  for axes in both:
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens of context")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-  figure.suptitle(title)
-  figure.savefig(path)
-
-
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", default="runs/against_transformers", help="directory of the report")
-  parser.add_argument("--contexts", default="1024,8192,32768", help="tokens, with commas")
-  parser.add_argument("--batches", default="1,16", help="rows, with commas")
-  parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # in this process
-  common.add_shape(parser)
-  arguments = parser.parse_args()
-  shape = common.shape_of(arguments)
-  if arguments.part:
-    print(json.dumps(run_part(arguments.part, shape)))
-    return
-  out = pathlib.Path(arguments.out)
-  out.mkdir(parents=True, exist_ok=True)
-  options = [f"--{name}={value}" for name, value in shape.items()]
-  apart = common.alone(__file__, {"check": True}, options)
-  print(f"largest difference of logits: {apart:.1e}", flush=True)
-  if not apart < 1e-3:
-    sys.exit("the two networks are not the same")
-  cases = []
-  for context in map(int, arguments.contexts.split(",")):
-    for batch in map(int, arguments.batches.split(",")):
-      for cores in sorted({1, len(os.sched_getaffinity(0))}):
-        for side in ("famjax", "transformers"):
-          cache = 8 * shape["layers"] * shape["width"] * context * batch
-          if side == "transformers" and cache > MOST_CACHE:
-            print(f"transformers at {context} x {batch}: left out, {cache / 1e9:.0f} GB of keys")
-            continue
-          part = {"side": side, "context": context, "batch": batch, "cores": cores}
-          cases.append(part | common.alone(__file__, part, options))
-          print(_line(cases[-1]), flush=True)
-  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
-
-  report.write_json(out / "report.json", {
-      "command": ["python", *sys.argv], "shape": shape, "machine": report.machine(),
-      "largest_difference_of_logits": apart, "new_tokens": NEW, "cases": cases,
-  })  # fmt: skip
-  plot(cases, out / "against_transformers.png", common.describe(shape))
-  print(f"report: {out / 'report.json'}   plot: {out / 'against_transformers.png'}")
-
-
-def run_part(part: dict[str, object], shape: dict[str, int]):
+def measure_part(part: common.Part, shape: common.Shape):
   if "check" in part:
     return difference(shape)
   common.use_cores(part["cores"])
   if part["side"] == "famjax":
     return ours(shape, part["context"], part["batch"])
   return theirs(shape, part["context"], part["batch"], part["cores"])
+
+
+def measure_all(alone, shape: common.Shape, arguments: argparse.Namespace) -> dict:
+  """Every context and batch, on one core and on all, on both sides."""
+  apart = alone({"check": True})
+  print(f"largest difference of logits: {apart:.1e}", flush=True)
+  if not apart < 1e-3:
+    sys.exit("the two networks are not the same")
+  cases = []
+  sides = ("famjax", "transformers")
+  all_cores = sorted({1, len(os.sched_getaffinity(0))})
+  for context, batch, cores, side in itertools.product(
+      arguments.contexts, arguments.batches, all_cores, sides
+  ):
+    cache = 8 * shape["layers"] * shape["width"] * context * batch
+    if side == "transformers" and cache > MOST_CACHE:
+      print(f"transformers at {context} x {batch}: left out, {cache / 1e9:.0f} GB of keys")
+      continue
+    part = {"side": side, "context": context, "batch": batch, "cores": cores}
+    cases.append(part | alone(part))
+    print(_line(cases[-1]), flush=True)
+  return {"largest_difference_of_logits": apart, "new_tokens": NEW, "cases": cases}
+
+
+def plot(found: dict, shape: common.Shape, path: pathlib.Path) -> None:
+  """Draws seconds of the whole job and milliseconds per written token against the context."""
+  cases = [c for c in found["cases"] if c["batch"] == 1]
+  with common.two_panels(path, shape, "tokens of context", base=2) as (left, right):
+    for side, cores in sorted({(c["side"], c["cores"]) for c in cases}):
+      mine = [c for c in cases if (c["side"], c["cores"]) == (side, cores)]
+      x = [c["context"] for c in mine]
+      style = dict(
+          color="C0" if side == "famjax" else "C1", marker="o",
+          linestyle="--" if cores == 1 else "-",
+          label=f"{side}, {cores} core{'s' if cores > 1 else ''}",
+      )  # fmt: skip
+      left.plot(x, [c["read_s"] + c["write_s"] for c in mine], **style)
+      right.plot(x, [c["write_s"] / c["written"] * 1e3 for c in mine], **style)
+    left.set_ylabel(f"seconds: read, and write {NEW} tokens")
+    right.set_ylabel("milliseconds per written token")
 
 
 def _line(case):
@@ -224,6 +194,16 @@ def _line(case):
       f"  read {case['context'] * batch / case['read_s']:8,.0f} tokens/s"
       f"  write {case['written'] * batch / case['write_s']:7,.1f} tokens/s  whole job {total:8.2f} s"
   )
+
+
+def main() -> None:
+  parser = common.make_parser(__doc__, "runs/against_transformers")
+  numbers = lambda text: [int(n) for n in text.split(",")]
+  parser.add_argument(
+      "--contexts", type=numbers, default="1024,8192,32768", help="tokens, with commas"
+  )
+  parser.add_argument("--batches", type=numbers, default="1,16", help="rows, with commas")
+  common.run(parser.parse_args(), measure_part, measure_all, plot)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -14,24 +16,87 @@ import numpy as np
 SHAPE = dict(layers=8, width=512, ff=1408, vocab=8192, block=256, segments=1, fam=16)
 
 
-def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
-  """Adds an option for every number of `SHAPE`."""
+Shape = dict[str, int]
+Part = dict[str, object]
+
+
+def make_parser(doc: str, out: str, **defaults: int) -> argparse.ArgumentParser:
+  """Options that every benchmark has: where the report goes, and each number of `SHAPE`."""
+  parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+  parser.add_argument("--out", type=pathlib.Path, default=out, help="directory of the report")
+  parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # see `run`
   for name, value in (SHAPE | defaults).items():
     parser.add_argument(f"--{name}", type=int, default=value)
+  return parser
 
 
-def shape_of(arguments: argparse.Namespace) -> dict[str, int]:
-  return {name: getattr(arguments, name) for name in SHAPE}
+def run(
+    arguments: argparse.Namespace,
+    measure_part: Callable[[Part, Shape], object],
+    measure_all: Callable[[Callable[[Part], object], Shape, argparse.Namespace], dict],
+    plot: Callable[[dict, Shape, pathlib.Path], None],
+) -> None:
+  """Measures, each part in a process of its own, and leaves `report.json` and a plot.
+
+  Args:
+    arguments: from `make_parser`. With a `part` this process measures it, and prints it.
+    measure_part: of a part, and the shape.
+    measure_all: of a function that measures a part elsewhere, the shape, and `arguments`; returns
+      what the report holds.
+    plot: draws that into a PNG.
+  """
+  shape = {name: getattr(arguments, name) for name in SHAPE}
+  script = pathlib.Path(sys.argv[0])
+  if arguments.part:
+    print(json.dumps(measure_part(arguments.part, shape)))
+    return
+  arguments.out.mkdir(parents=True, exist_ok=True)
+
+  def alone(part):
+    options = [f"--{name}={value}" for name, value in shape.items()]
+    command = [sys.executable, script, f"--part={json.dumps(part)}", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # what else it prints comes before
+
+  found = measure_all(alone, shape, arguments)
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
+  about = {"command": ["python", *sys.argv], "shape": shape, "machine": report.machine()}
+  report.write_json(arguments.out / "report.json", about | found)
+  picture = arguments.out / f"{script.stem}.png"
+  plot(found, shape, picture)
+  print(f"report: {arguments.out / 'report.json'}   plot: {picture}")
 
 
-def describe(shape: dict[str, int]) -> str:
+@contextlib.contextmanager
+def two_panels(path: pathlib.Path, shape: Shape, xlabel: str, base: int):
+  """Two axes to draw into, logarithmic both ways, which become a PNG afterwards."""
+  import matplotlib  # pylint: disable=import-outside-toplevel
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
+
+  figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=150, layout="constrained")
+  yield panels
+  for axes in panels:
+    axes.set_xscale("log", base=base)
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+  figure.suptitle(_describe(shape))
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def _describe(shape: Shape) -> str:
   return (
       f"{shape['layers']} layers of {shape['width']}, N {shape['block']}, M {shape['segments']}, F"
       f" {shape['fam']}"
   )
 
 
-def make_model(shape: dict[str, int], **memory: object):
+def make_model(shape: Shape, **memory: object):
   """A random Llama-shaped `Model` of float32 weights; `memory` changes its `MemoryConfig`."""
   from flax import nnx  # pylint: disable=import-outside-toplevel
 
@@ -64,13 +129,6 @@ def median(function: Callable[[], object], repeats: int) -> float:
     function()
     laps.append(time.perf_counter() - began)
   return statistics.median(laps)
-
-
-def alone(script: str, part: dict[str, object], options: list[str]) -> dict[str, object]:
-  """Runs one part of a benchmark in a process of its own; its last line is JSON."""
-  command = [sys.executable, script, f"--part={json.dumps(part)}", *options]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def use_cores(count: int) -> None:

@@ -9,10 +9,8 @@ own. After them it reads some more and writes some, several times from the same 
 """
 
 import argparse
-import json
 import pathlib
 import resource
-import sys
 
 import common
 
@@ -22,7 +20,7 @@ REPEATS = 15
 WRITTEN = 64  # tokens
 
 
-def measure(length: int, shape: dict[str, int]) -> dict[str, float]:
+def measure(length: int, shape: common.Shape) -> dict[str, float]:
   """Reads `length` tokens, and says what has come of it and what the next ones cost."""
   import jax  # pylint: disable=import-outside-toplevel
 
@@ -40,10 +38,10 @@ def measure(length: int, shape: dict[str, int]) -> dict[str, float]:
     stream = model.generate(state=after, max_new_tokens=WRITTEN, temperature=1.0)
     list(stream)
     if len(stream.tokens) != WRITTEN:
-      raise AssertionError(f"the text came to its end after {len(stream.tokens)} of {WRITTEN} tokens")
+      raise AssertionError(f"the text ended after {len(stream.tokens)} of {WRITTEN} tokens")
 
-  for n in LENGTHS:  # compiles, the same in every process
-    read(n % chunk + chunk)
+  for rest in sorted({n % chunk for n in LENGTHS}):  # compiles, the same in every process
+    read(rest + chunk)
   reading = read(length % chunk) if length % chunk else model.start()
   write(read(1))
   for i in range(length // chunk):
@@ -59,7 +57,7 @@ def measure(length: int, shape: dict[str, int]) -> dict[str, float]:
   }
 
 
-def reading_rates(shape: dict[str, int]) -> dict[str, float]:
+def reading_rates(shape: common.Shape) -> dict[str, float]:
   """Tokens per second of three ways to read the same text."""
   import jax  # pylint: disable=import-outside-toplevel
 
@@ -83,61 +81,40 @@ def reading_rates(shape: dict[str, int]) -> dict[str, float]:
   return rates
 
 
-def plot(results: list[dict[str, float]], path: pathlib.Path, title: str) -> None:
+def measure_part(part: common.Part, shape: common.Shape) -> dict[str, float]:
+  return measure(part["length"], shape) if "length" in part else reading_rates(shape)
+
+
+def measure_all(alone, shape: common.Shape, arguments: argparse.Namespace) -> dict:
+  """All lengths that were asked for, and the ways to read."""
+  del shape
+  results = []
+  for length in (n for n in LENGTHS if n <= arguments.longest):
+    results.append(alone({"length": length}))
+    print("  ".join(f"{name} {value:,.3f}" for name, value in results[-1].items()), flush=True)
+  rates = alone({"reading": True})
+  for way, rate in rates.items():
+    print(f"{way}: {rate:,.0f} tokens/s", flush=True)
+  return {"lengths": results, "reading_tokens_per_second": rates}
+
+
+def plot(found: dict, shape: common.Shape, path: pathlib.Path) -> None:
   """Draws memory and time per token against what was read before."""
-  import matplotlib  # pylint: disable=import-outside-toplevel
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
-
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=150, layout="constrained")
+  results = found["lengths"]
   read = [r["tokens"] for r in results]
-  left.plot(read, [r["peak_memory_mb"] for r in results], marker="o", label="process, peak")
-  left.plot(read, [r["state_bytes"] / 2**20 for r in results], marker="o", label="state")
-  left.set_ylabel("MiB")
-  right.plot(read, [r["read_ms_per_token"] for r in results], marker="o", label="reading")
-  right.plot(read, [r["write_ms_per_token"] for r in results], marker="o", label="writing")
-  right.set_ylabel("milliseconds per token, median")
-  for axes in (left, right):
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens read before")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-  figure.suptitle(title)
-  figure.savefig(path)
+  with common.two_panels(path, shape, "tokens read before", base=10) as (left, right):
+    left.plot(read, [r["peak_memory_mb"] for r in results], marker="o", label="process, peak")
+    left.plot(read, [r["state_bytes"] / 2**20 for r in results], marker="o", label="state")
+    left.set_ylabel("MiB")
+    right.plot(read, [r["read_ms_per_token"] for r in results], marker="o", label="reading")
+    right.plot(read, [r["write_ms_per_token"] for r in results], marker="o", label="writing")
+    right.set_ylabel("milliseconds per token, median")
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", default="runs/streaming", help="directory of the report")
+  parser = common.make_parser(__doc__, "runs/streaming", **DEFAULTS)
   parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="tokens")
-  parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # in this process
-  common.add_shape(parser, **DEFAULTS)
-  arguments = parser.parse_args()
-  shape = common.shape_of(arguments)
-  if arguments.part:
-    length = arguments.part.get("length")
-    print(json.dumps(measure(length, shape) if length else reading_rates(shape)))
-    return
-  out = pathlib.Path(arguments.out)
-  out.mkdir(parents=True, exist_ok=True)
-  options = [f"--{name}={value}" for name, value in shape.items()]
-  results = []
-  for length in (n for n in LENGTHS if n <= arguments.longest):
-    results.append(common.alone(__file__, {"length": length}, options))
-    print("  ".join(f"{name} {value:,.3f}" for name, value in results[-1].items()), flush=True)
-  rates = common.alone(__file__, {"reading": True}, options)
-  for way, rate in rates.items():
-    print(f"{way}: {rate:,.0f} tokens/s", flush=True)
-  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
-
-  report.write_json(out / "report.json", {
-      "command": ["python", *sys.argv], "shape": shape, "machine": report.machine(),
-      "lengths": results, "reading_tokens_per_second": rates,
-  })  # fmt: skip
-  plot(results, out / "streaming.png", common.describe(shape))
-  print(f"report: {out / 'report.json'}   plot: {out / 'streaming.png'}")
+  common.run(parser.parse_args(), measure_part, measure_all, plot)
 
 
 if __name__ == "__main__":

@@ -105,14 +105,13 @@ class Engine:
   def __init__(self, decoder: Decoder):
     self.config = decoder.config
     self.graphdef, self.params = nnx.split(decoder)
-    self._decoder = decoder
 
   @functools.cached_property
   def _writer(self):
     """Graph and parameters that `write` uses."""
     if jax.default_backend() != "cpu":
       return self.graphdef, self.params
-    return nnx.split(self._decoder.unstacked())
+    return nnx.split(nnx.merge(self.graphdef, self.params).unstacked())
 
   @functools.cached_property
   def _initial(self):

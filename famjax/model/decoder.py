@@ -15,7 +15,8 @@ from famjax.model import blocks, memory, rope, within
 from famjax.model.attention import KeySet, attend
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
-from famjax.model.state import LayerMemory, Recent, State, empty_state, layer_memories, settle, unstack
+from famjax.model.state import LayerMemory, Recent, State, empty_state
+from famjax.model.state import layer_memories, settle, unstack
 
 
 def apply_layer(
@@ -191,9 +192,7 @@ class Decoder(nnx.Module):
           position=zero(state.position), fam_updates=zero(state.fam_updates)
       )
     N = config.memory.block_size
-    layout = blocks.make_layout(
-        state, S, lengths, aligned=aligned, within=within_block, N=N
-    )
+    layout = blocks.make_layout(state, S, lengths, aligned=aligned, within=within_block, N=N)
     if state.recent is not None and (starting or not layout.within):
       raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
     turns = self._turns(layout, state.offset)
@@ -203,9 +202,10 @@ class Decoder(nnx.Module):
       x, initial = carry
       if starting and config.memory.length:
         here = initial if prefix is None else prefix.astype(x.dtype)
-        fam = jnp.where(start_of_sequence[:, None, None], here, mine.fam)
-        fam_keys, fam_values = layer.keys_values(fam, memory.at_block(turns.read, 0))
-        mine = mine._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
+        mine = mine._replace(fam=jnp.where(start_of_sequence[:, None, None], here, mine.fam))
+        if layout.within:  # on a grid, the feedback loop makes them
+          fam_keys, fam_values = layer.keys_values(mine.fam, memory.at_block(turns.read, 0))
+          mine = mine._replace(fam_keys=fam_keys, fam_values=fam_values)
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
       apply = within.apply_layer if layout.within else apply_layer
       x, after = apply(layer, x, mine, layout, turns, first, config)

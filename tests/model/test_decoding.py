@@ -17,9 +17,7 @@ from tests.model.cases import BATCH, Stream
 ROOM = 9  # tokens of a loop: more than the ring of the smallest blocks holds
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "end"), compiler_options=cases.QUICK
-)
+@functools.partial(jax.jit, static_argnames=("config", "end"), compiler_options=cases.QUICK)
 def step(config, params, tokens, state, lengths, end):
   """One token of each row, in a loop that leaves the ring as it is."""
   model = cases.model(config, params)
