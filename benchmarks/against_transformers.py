@@ -71,15 +71,21 @@ def to_llama(model):
   return llama
 
 
-def difference(shape: common.Shape) -> float:
-  """Largest difference of logits over a text that the window covers."""
+def check(shape: common.Shape) -> dict[str, float | str]:
+  """Largest difference of logits over a text that the window covers, and whose logits they are."""
   import torch  # pylint: disable=import-outside-toplevel
+  import transformers  # pylint: disable=import-outside-toplevel
 
   model = common.make_model(shape | {"fam": 0, "segments": 1}, kind="bswa")
   text = common.draw(shape["vocab"], shape["block"] + shape["block"] // 2)[None]
   with torch.inference_mode():
     theirs = to_llama(model)(torch.tensor(text)).logits.numpy()
-  return float(np.abs(np.asarray(model(text, model.init_state(1))[0]) - theirs).max())
+  ours = np.asarray(model(text, model.init_state(1))[0])
+  return {
+      "largest_difference_of_logits": float(np.abs(ours - theirs).max()),
+      "torch": torch.__version__,
+      "transformers": transformers.__version__,
+  }
 
 
 def ours(shape: common.Shape, context: int, batch: int) -> dict[str, float]:
@@ -140,7 +146,7 @@ def _best(job, context):
 
 def measure_part(part: common.Part, shape: common.Shape):
   if "check" in part:
-    return difference(shape)
+    return check(shape)
   common.use_cores(part["cores"])
   if part["side"] == "famjax":
     return ours(shape, part["context"], part["batch"])
@@ -149,7 +155,8 @@ def measure_part(part: common.Part, shape: common.Shape):
 
 def measure_all(alone, shape: common.Shape, arguments: argparse.Namespace) -> dict:
   """Every context and batch, on one core and on all, on both sides."""
-  apart = alone({"check": True})
+  checked = alone({"check": True})
+  apart = checked["largest_difference_of_logits"]
   print(f"largest difference of logits: {apart:.1e}", flush=True)
   if not apart < 1e-3:
     sys.exit("the two networks are not the same")
@@ -166,25 +173,27 @@ def measure_all(alone, shape: common.Shape, arguments: argparse.Namespace) -> di
     part = {"side": side, "context": context, "batch": batch, "cores": cores}
     cases.append(part | alone(part))
     print(_line(cases[-1]), flush=True)
-  return {"largest_difference_of_logits": apart, "new_tokens": NEW, "cases": cases}
+  return checked | {"new_tokens": NEW, "cases": cases}
 
 
 def plot(found: dict, shape: common.Shape, path: pathlib.Path) -> None:
-  """Draws seconds of the whole job and milliseconds per written token against the context."""
-  cases = [c for c in found["cases"] if c["batch"] == 1]
+  """Draws, on all cores, seconds of the whole job and milliseconds per written token of a row."""
+  most_cores = max(c["cores"] for c in found["cases"])
+  cases = [c for c in found["cases"] if c["cores"] == most_cores]
+  batches = sorted({c["batch"] for c in cases})
   with common.two_panels(path, shape, "tokens of context", base=2) as (left, right):
-    for side, cores in sorted({(c["side"], c["cores"]) for c in cases}):
-      mine = [c for c in cases if (c["side"], c["cores"]) == (side, cores)]
+    for side, batch in itertools.product(("famjax", "transformers"), batches):
+      mine = [c for c in cases if (c["side"], c["batch"]) == (side, batch)]
       x = [c["context"] for c in mine]
       style = dict(
           color="C0" if side == "famjax" else "C1", marker="o",
-          linestyle="--" if cores == 1 else "-",
-          label=f"{side}, {cores} core{'s' if cores > 1 else ''}",
+          linestyle="-" if batch == batches[0] else "--",
+          label=f"{side}, {batch} row{'s' if batch > 1 else ''}",
       )  # fmt: skip
       left.plot(x, [c["read_s"] + c["write_s"] for c in mine], **style)
       right.plot(x, [c["write_s"] / c["written"] * 1e3 for c in mine], **style)
     left.set_ylabel(f"seconds: read, and write {NEW} tokens")
-    right.set_ylabel("milliseconds per written token")
+    right.set_ylabel("milliseconds per written token of a row")
 
 
 def _line(case):

@@ -13,6 +13,9 @@ _PUBLIC = {
     "ModelConfig": "famjax.model.config",
     "State": "famjax.model.state",
     "Model": "famjax.inference.model",
+    "Reading": "famjax.inference.engine",
+    "Request": "famjax.inference.generation",
+    "Sampling": "famjax.inference.sampling",
     "UserError": "famjax.errors",
     "load": "famjax.inference.model",
 }

@@ -32,25 +32,42 @@ def generate(arguments: argparse.Namespace) -> int:
   model = load(arguments.model)
   after = session.load(arguments.session, model) if arguments.session else None
   prompt = _text(arguments.prompt, arguments.file, needed=after is None)
-  with _progress(len(prompt)) as progress:
-    stream = model.generate(
-        prompt, state=after, progress=progress, **_settings(arguments)
-    )
-  try:
-    interrupted = _show(stream)
-  finally:  # also if nobody takes the text any more
-    if arguments.session:
-      session.save(arguments.session, stream.reading, model)
-  return 130 if interrupted else 0
-
-
-def _show(stream: Stream) -> bool:
-  """Prints a text while it is written; True if Ctrl-C has ended it. A second one ends it at once."""
   with _interrupts() as asked:
-    while stream.reason is None and not asked:
-      print(stream.round(), end="", flush=True)
-    print(stream.end(), flush=True)
-  return bool(asked)
+    stream = _read_prompt(model, prompt, after, arguments, asked)
+    try:
+      _show(stream, asked)
+    finally:  # also if nobody takes the text any more
+      if arguments.session:
+        session.save(arguments.session, stream.reading, model)
+  return 130 if asked else 0
+
+
+def _read_prompt(
+    model: Model,
+    prompt: str,
+    after: Reading | None,
+    arguments: argparse.Namespace,
+    asked: list[bool],
+) -> Stream:
+  """Reads a prompt, or as much of it as there is time for until Ctrl-C."""
+  with _progress(len(prompt)) as show:
+
+    def progress(tokens):
+      show(tokens)
+      return bool(asked)
+
+    stream = model.generate(prompt, state=after, progress=progress, **_settings(arguments))
+  if stream.reason == "unread":
+    read = int(stream.state.position[0])
+    print(f"interrupted after {read:,} tokens, before the end of the prompt", file=sys.stderr)
+  return stream
+
+
+def _show(stream: Stream, asked: list[bool]) -> None:
+  """Prints a text while it is written, until its end or Ctrl-C."""
+  while stream.reason is None and not asked:
+    print(stream.round(), end="", flush=True)
+  print(stream.end(), flush=True)
 
 
 def _generate_many(arguments: argparse.Namespace) -> int:
@@ -187,14 +204,12 @@ class Chat:
     _check_text(prompt, "the line")
     if not self._model.vocabulary.encode(prompt):
       return
-    with _progress(len(prompt)) as progress:
-      stream = self._model.generate(
-          prompt, state=self.reading, progress=progress, **_settings(self._arguments)
-      )
-    try:
-      _show(stream)
-    finally:
-      self.reading = stream.reading
+    with _interrupts() as asked:
+      stream = _read_prompt(self._model, prompt, self.reading, self._arguments, asked)
+      try:
+        _show(stream, asked)
+      finally:
+        self.reading = stream.reading
 
   def _obey(self, name: str, place: str) -> None:
     if name in ("save", "load") and not place:

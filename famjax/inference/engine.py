@@ -22,6 +22,8 @@ from famjax.model.decoder import Decoder
 from famjax.model.state import State, settle, stack, unstack, with_recent
 from famjax.training.loss import token_log_probs
 
+Progress = Callable[[int], bool | None]  # is told of every piece that was read; True ends reading
+
 CHUNK_BLOCKS = 8  # blocks that are read in one call
 STEPS = 16  # tokens that are written in one call
 TAIL = 8  # tokens
@@ -130,14 +132,15 @@ class Engine:
       rows: Sequence[np.ndarray],
       after: Reading,
       *,
-      progress: Callable[[int], None] | None = None,
+      progress: Progress | None = None,
   ) -> Reading:
     """Reads on.
 
     Args:
       rows: int tokens of each row, of any length, none at all included.
       after: where the rows stand; it can be used again.
-      progress: is told of each piece, once it has been read, how many tokens it had.
+      progress: is told of each piece, once it has been read, how many tokens it had. If it returns
+        True, no more is read.
 
     Returns:
       Where the rows stand then.
@@ -149,7 +152,8 @@ class Engine:
       )
       if progress is not None:
         jax.block_until_ready(reading)
-        progress(int(piece.counts.sum()))
+        if progress(int(piece.counts.sum())):
+          break
     return reading
 
   def score(
@@ -157,15 +161,16 @@ class Engine:
       rows: Sequence[np.ndarray],
       after: Reading,
       *,
-      progress: Callable[[int], None] | None = None,
+      progress: Progress | None = None,
   ) -> tuple[list[np.ndarray], Reading]:
     """Reads on, and says how probable each token was.
 
     Args are those of `read`.
 
     Returns:
-      float32 natural logarithms of the probability of every token, for each row, and where the rows
-      stand then. Nothing is said about the first token of a row that had read nothing: it is nan.
+      float32 natural logarithms of the probability of every token that was read, for each row, and
+      where the rows stand then. Nothing is said about the first token of a row that had read
+      nothing: it is nan.
     """
     reading = jax.tree.map(jnp.copy, after)
     said = [[] for _ in rows]
@@ -176,8 +181,8 @@ class Engine:
       scores = np.asarray(scores)
       for row, count in enumerate(piece.counts):
         said[row].append(scores[row, :count])
-      if progress is not None:
-        progress(int(piece.counts.sum()))
+      if progress is not None and progress(int(piece.counts.sum())):
+        break
     said = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in said]
     for row in np.flatnonzero(np.asarray(after.state.position) == 0):
       said[row][:1] = np.nan

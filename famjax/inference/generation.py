@@ -58,7 +58,8 @@ class Generation:
   Attributes:
     tokens: int tokens that each row has written.
     texts: of each row, so far.
-    reasons: why each row ended: "length", "stop" or, while it goes on, None.
+    reasons: why each row ended: "length", "stop", "unread" (the reading of the prompts was ended) or,
+      while it goes on, None.
   """
 
   def __init__(
@@ -68,6 +69,7 @@ class Generation:
       requests: Sequence[Request],
       reading: Reading,
       prompts: Sequence[np.ndarray],
+      whole: bool = True,
   ):
     """Takes rows that have read their prompts.
 
@@ -77,10 +79,13 @@ class Generation:
       requests: of each row.
       reading: after the prompts. It can be used again.
       prompts: int tokens of each row that the repetition penalty is for, beside those written.
+      whole: they have read their prompts to the end. If not, nothing is written.
     """
     self._reading = reading
     self.tokens: list[list[int]] = [[] for _ in requests]
     self.reasons: list[str | None] = [None if r.max_new_tokens else "length" for r in requests]
+    if not whole:
+      self.reasons = ["unread"] * len(requests)
     self._engine, self._requests = engine, requests
     self._samplers = sampling.stack([r.sampling for r in requests])
     V = engine.config.vocab_size
@@ -164,7 +169,7 @@ class Stream(Iterator[str]):
   Attributes:
     text: so far.
     tokens: so far.
-    reason: why the text ended: "length" or "stop"; None while it goes on.
+    reason: why the text ended, see `Generation`; None while it goes on.
     reading: where the row stands.
     state: what it remembers.
   """

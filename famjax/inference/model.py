@@ -9,7 +9,7 @@
     answer = model.generate(question, state=reading)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +22,7 @@ import numpy as np
 
 from famjax.data.vocabularies import Vocabulary, load_vocabulary
 from famjax.errors import UserError
-from famjax.inference.engine import Engine, Reading
+from famjax.inference.engine import Engine, Progress, Reading
 from famjax.inference.generation import Generation, Request, Stream
 from famjax.inference.sampling import Sampling
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -125,14 +125,15 @@ class Model:
       text: str | Sequence[int],
       state: State | Reading | None = None,
       *,
-      progress: Callable[[int], None] | None = None,
+      progress: Progress | None = None,
   ) -> Reading:
     """Reads one row of text, or of tokens, in constant memory.
 
     Args:
       text: of any length, at least one token.
       state: of one row; None: a fresh one. It can be used again.
-      progress: is told after every piece how many tokens it had.
+      progress: is told after every piece how many tokens it had; if it returns True, no more is
+        read.
 
     Returns:
       `(logits, state)`: float32 logits `[1, V]` of what comes next, and the state.
@@ -150,7 +151,7 @@ class Model:
       text: str | Sequence[int],
       state: State | Reading | None = None,
       *,
-      progress: Callable[[int], None] | None = None,
+      progress: Progress | None = None,
   ) -> Score:
     """Says how probable every token of a text was, in constant memory.
 
@@ -169,7 +170,7 @@ class Model:
     (log_probs,), reading = self._engine.score([tokens], after, progress=progress)
     if not isinstance(state, Reading):  # a state alone does not say what would have come next
       log_probs[0] = np.nan
-    return Score(tokens, log_probs, reading)
+    return Score(tokens[: len(log_probs)], log_probs, reading)
 
   def generate(
       self,
@@ -185,7 +186,7 @@ class Model:
       stop: str | Sequence[str] = (),
       stop_tokens: int | Sequence[int] = (),
       state: State | Reading | None = None,
-      progress: Callable[[int], None] | None = None,
+      progress: Progress | None = None,
   ) -> Stream:
     """Streams what comes after a prompt, until the vocabulary's end symbol.
 
@@ -196,7 +197,8 @@ class Model:
       stop: strings that end the text; they are not part of it.
       stop_tokens: more tokens that end it, like the end symbol.
       state: what was read before; None: nothing. It can be used again.
-      progress: is told, while the prompt is read, how many tokens each piece had.
+      progress: is told, while the prompt is read, how many tokens each piece had; if it returns
+        True, no more is read and nothing is written.
 
     Returns:
       An iterator of pieces of text, whole characters each. Its `reading` is where the row stands,
@@ -242,9 +244,11 @@ class Model:
     heard = isinstance(state, Reading) and int(state.state.position.min()) > 0
     if not heard and not all(row.size for row in rows):
       raise UserError("the prompt is empty: give at least one token of text")
+    end = np.asarray(reading.state.position) + [row.size for row in rows]
     if any(row.size for row in rows):
       reading = self._engine.read(rows, reading, progress=progress)
-    return Generation(self._engine, self.vocabulary, requests, reading, rows)
+    whole = np.array_equal(reading.state.position, end)
+    return Generation(self._engine, self.vocabulary, requests, reading, rows, whole)
 
   def _tokens(self, text: str | Sequence[int]) -> np.ndarray:
     """int32 `[n]`, checked."""

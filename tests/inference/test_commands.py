@@ -1,5 +1,6 @@
 """generate, score and chat, as a user meets them."""
 
+import contextlib
 import io
 import json
 import os
@@ -269,3 +270,49 @@ def test_an_interrupt_prints_what_there_is_and_saves_the_session(run_dir, model,
   # What was shown is what was read: a last unfinished character is not shown.
   again = model.generate(PROMPT, max_new_tokens=written)
   assert "".join(again).startswith(text[:-1]) and written - len(text.encode()) < 200
+
+
+def interrupt_after(pieces, monkeypatch):
+  """Ctrl-C, when so many pieces of a prompt have been read."""
+  told = []
+
+  @contextlib.contextmanager
+  def progress(characters):
+    del characters
+
+    def show(tokens):
+      told.append(tokens)
+      if len(told) == pieces:
+        signal.raise_signal(signal.SIGINT)
+
+    yield show
+
+  monkeypatch.setattr(commands, "_progress", progress)
+
+
+def test_an_interrupt_while_a_prompt_is_read_keeps_what_was_read(
+    run_dir, model, tmp_path, monkeypatch, capsys
+):
+  text = "word " * 50
+  before = signal.getsignal(signal.SIGINT)
+  interrupt_after(3, monkeypatch)
+  arguments = ["generate", run_dir, f"--prompt={text}", f"--session={tmp_path / 's'}"]
+  assert cli.main(arguments) == 130
+  kept = session.load(tmp_path / "s", model)
+  read = int(kept.state.position[0])
+  assert 0 < read < len(text)
+  shown = capsys.readouterr()
+  assert shown.out == "\n"
+  assert shown.err == f"interrupted after {read:,} tokens, before the end of the prompt\n"
+  assert signal.getsignal(signal.SIGINT) is before
+  np.testing.assert_allclose(
+      model.read(text[read:], kept).logits, model.read(text).logits, atol=2e-5
+  )
+
+
+def test_an_interrupt_while_a_line_of_a_chat_is_read(run_dir, model, tmp_path, monkeypatch, capsys):
+  interrupt_after(3, monkeypatch)
+  options = [f"--session={tmp_path / 's'}"]
+  assert talk(run_dir, ["word " * 50, "/memory"], monkeypatch, *options) == 0
+  read = int(session.load(tmp_path / "s", model).state.position[0])
+  assert 0 < read < 250 and f"tokens read     {read}\n" in capsys.readouterr().out

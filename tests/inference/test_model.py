@@ -133,3 +133,23 @@ def test_texts_that_cannot_be_read(call):
   for text, message in (("", "is empty"), ([], "is empty"), ([300], "token 300 is outside")):
     with pytest.raises(UserError, match=message):
       getattr(model(), call)(text)
+
+
+def test_reading_ends_where_progress_says_so():
+  """What was read until then is whole: to go on from there is to read everything."""
+  tokens = tiny.BYTES.encode(TEXT)
+
+  def twice():
+    left = [False, True]
+    return lambda count: left.pop(0)
+
+  part = model().read(TEXT, progress=twice())
+  n = int(part.state.position[0])
+  assert 0 < n < len(tokens)
+  rest, whole_text = model().read(tokens[n:], part), model().read(TEXT)
+  jax.tree.map(close, rest, whole_text)
+  score = model().score(TEXT, progress=twice())
+  assert score.tokens.tolist() == tokens[:n] and len(score.log_probs) == n
+  stream = model().generate(TEXT, progress=twice())
+  assert stream.reason == "unread" and "".join(stream) == "" and stream.tokens == []
+  jax.tree.map(np.testing.assert_array_equal, stream.reading, part)
