@@ -1,7 +1,9 @@
 """The engine: however text is cut and whoever stands beside a row, it reads and writes the same."""
 
+import dataclasses
 import functools
 
+from flax import nnx
 from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from famjax.inference import engine, sampling
 from famjax.inference.engine import CHUNK_BLOCKS, STEPS, TAIL, Engine, Reading
+from famjax.model.decoder import Decoder
 from tests.inference import tiny
 
 N = tiny.CONFIG.memory.block_size
@@ -214,3 +217,23 @@ def test_a_stop_token_is_neither_written_nor_read():
   (stopped,), reading = write("fam", after, [20], stop=[free[place], 2])
   assert stopped == free[:place]
   assert_same_row(reading, 0, make("fam").read([np.array([*prompt, *stopped])], make("fam").start(1)), 0)
+
+
+@KINDS
+def test_writing_in_bfloat16_remembers_what_reading_in_bfloat16_does(kind):
+  """Over three boundaries. Sums run in another order, and the FAM feeds roundings of 2^-8 back."""
+  config = dataclasses.replace(tiny.config(kind), compute_dtype="bfloat16")
+  mine = Engine(Decoder(config, rngs=nnx.Rngs(0)))
+  prompts = draw(7, 6, 3)
+  how = sampling.stack([GREEDY, GREEDY])
+  seen, none = np.zeros((2, 259), bool), np.zeros((2, 259), bool)
+  after = mine.read(prompts, mine.start(2))
+  written, reading, _ = mine.write(after, seen, how, [3 * N, 3 * N], none)
+  assert written.count.tolist() == [3 * N, 3 * N] and reading.state.keys.dtype == jnp.bfloat16
+  rows = [np.array([*p, *t]) for p, t in zip(prompts, np.asarray(written.tokens)[:, : 3 * N])]
+  expected = mine.read(rows, mine.start(2))
+  for row in range(2):
+    for ours, theirs in zip(row_of(reading, row), row_of(expected, row)):
+      ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+      largest = np.abs(theirs).max(initial=0.01)
+      np.testing.assert_allclose(ours, theirs, atol=0.06 * largest)
