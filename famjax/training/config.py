@@ -19,6 +19,7 @@ class TrainConfig:
     fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share
       of the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop
       to pull a disturbed memory back, and so to hold it longer. Not in the paper.
+    fam_noise_from: the first step with that noise.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
     rsp_from: the first step that passes it. The paper starts from a pretrained model and passes at
@@ -40,6 +41,7 @@ class TrainConfig:
   accumulate: int = 1
   follow_rows: bool = False
   fam_noise: float = 0.0
+  fam_noise_from: int = 0
   rsp_probability: float = 0.0
   rsp_from: int = 0
   random_offset: bool = False
@@ -61,11 +63,11 @@ class TrainConfig:
     ):  # fmt: skip
       if getattr(self, name) < 1:
         raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("seed", "rsp_from", "eval_every", "checkpoint_every"):
+    for name in (
+        "seed", "fam_noise", "fam_noise_from", "rsp_from", "eval_every", "checkpoint_every",
+    ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-    if self.fam_noise < 0:
-      raise UserError(f"fam_noise is {self.fam_noise}; it must not be negative")
     if self.fam_noise and not self.follow_rows:
       raise UserError(
           f"fam_noise is {self.fam_noise}, and no row is followed from step to step, so that it would"

@@ -127,7 +127,8 @@ def starting_memory(
   offset_key, coin_key, passing_key, noise_key = jax.random.split(key, 4)
   memory = state.carry
   if memory is not None and config.fam_noise:
-    memory = memory.replace(fam=disturbed(memory.fam, noise_key, config.fam_noise))
+    noise = config.fam_noise * (state.step >= config.fam_noise_from)
+    memory = memory.replace(fam=disturbed(memory.fam, noise_key, noise))
   if memory is None:
     memory, start = empty_state(model_config, B, past=False), jnp.ones(B, bool)
   offset = jnp.zeros(B, jnp.int32)
@@ -144,10 +145,10 @@ def starting_memory(
   return memory, start
 
 
-def disturbed(fam: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+def disturbed(fam: jax.Array, key: jax.Array, noise: float | jax.Array) -> jax.Array:
   """A FAM `[L, B, F, D]` with normal noise: `noise` of its size (RMS) times a row's factor."""
   normal_key, factor_key = jax.random.split(key)
-  size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True)) * noise
+  size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True)) * jnp.asarray(noise, fam.dtype)
   factor = jax.random.uniform(factor_key, (1, fam.shape[1], 1, 1), fam.dtype)
   return fam + size * factor * jax.random.normal(normal_key, fam.shape, fam.dtype)
 

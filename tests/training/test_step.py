@@ -155,3 +155,13 @@ def test_noise_is_a_share_of_each_vectors_size_and_differs_by_row():
   # A row's factor is uniform in [0, 1): at most 0.5 * 2.0, with 5 % for 1,536 draws.
   assert 0.5 < size.max() < 1.05 and size.min() < 0.2
   np.testing.assert_array_equal(disturbed(fam, jax.random.key(0), 0.0), fam)
+
+
+def test_noise_begins_at_a_step():
+  config = change(toy.TRAIN, follow_rows=True, fam_noise=0.5, fam_noise_from=3)
+  state, _ = toy.setting(train=config)
+  state = state.replace(carry=state.carry.replace(fam=jnp.ones_like(state.carry.fam)))
+  for step, moves in ((2, False), (3, True)):
+    at = state.replace(step=jnp.int32(step))
+    memory, _ = starting_memory(at, np.zeros(4, bool), toy.MODEL, config)
+    assert (np.asarray(memory.fam) != 1).any() == moves and memory.fam.dtype == state.carry.fam.dtype
