@@ -42,19 +42,19 @@ setuptools.setup(
         "numpy>=2.0,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "seqio>=0.0.20,<0.1",
         "t5>=0.9.4,<0.10",
         "tensorboard>=2.19",
         "tensorflow>=2.19,<3",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "hf": [
-            "safetensors>=0.5",
-            "tokenizers>=0.21",
             "transformers>=5,<6",
             # Later releases bring gigabytes of CUDA; only comparisons with Hugging Face need it.
             "torch==2.13.0; python_version < '3.12'",

@@ -7,10 +7,13 @@ Exit status: 0 done, 1 the run diverged, 2 bad input, 130 interrupted, 143 ended
 """
 
 import argparse
+import importlib
 import sys
 
 import famjax
 from famjax.errors import DivergedError, TerminatedError, UserError
+
+_INFERENCE = "famjax.inference.commands"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-  for add in (_add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat):
+  for add in (
+      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat, _add_convert
+  ):  # fmt: skip
     add(commands)
   return parser
 
@@ -158,7 +163,7 @@ def _add_generate(commands) -> None:
   )
   _add_session(parser)
   _add_sampling(parser)
-  parser.set_defaults(run=_inference("generate"))
+  parser.set_defaults(run=_not_by_gin(_INFERENCE, "generate"))
 
 
 def _add_score(commands) -> None:
@@ -171,7 +176,7 @@ def _add_score(commands) -> None:
   parser.add_argument("--text", metavar="TEXT", help="the text")
   parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
   parser.add_argument("--tokens", action="store_true", help="a JSON line for every token")
-  parser.set_defaults(run=_inference("score"))
+  parser.set_defaults(run=_not_by_gin(_INFERENCE, "score"))
 
 
 def _add_chat(commands) -> None:
@@ -187,11 +192,24 @@ def _add_chat(commands) -> None:
   )  # fmt: skip
   _add_session(parser)
   _add_sampling(parser)
-  parser.set_defaults(run=_inference("chat"))
+  parser.set_defaults(run=_not_by_gin(_INFERENCE, "chat"))
+
+
+def _add_convert(commands) -> None:
+  parser = commands.add_parser(
+      "convert", help="take a model from Hugging Face, or give one back",
+      description="Makes a famjax checkpoint of a directory of the Hugging Face hub, or the other way"
+      " round. Example: famjax convert --from=hf --src=SmolLM2-135M --dst=runs/smollm2",
+  )  # fmt: skip
+  parser.add_argument("--from", dest="source", choices=["hf"], help="what --src is, if not famjax's")
+  parser.add_argument("--to", dest="target", choices=["hf"], help="what --dst is, if not famjax's")
+  parser.add_argument("--src", required=True, metavar="DIR", help="the model; stays as it is")
+  parser.add_argument("--dst", required=True, metavar="DIR", help="a new directory")
+  parser.set_defaults(run=_not_by_gin("famjax.conversion", "convert"))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("model", metavar="MODEL", help="directory of a run or of a checkpoint")
+  parser.add_argument("model", metavar="MODEL", help="directory of a run, of a checkpoint, or of a Hugging Face model")
 
 
 def _add_session(parser: argparse.ArgumentParser) -> None:
@@ -223,13 +241,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
   )  # fmt: skip
 
 
-def _inference(name: str):
+def _not_by_gin(module: str, name: str):
+  """A command that is the function `name` of a module, and refuses gin's bindings."""
+
   def run(arguments: argparse.Namespace) -> int:
     if arguments.gin:
       raise UserError(f"--gin.{arguments.gin[0]}: {name} is not configured by gin; see --help")
-    from famjax.inference import commands  # pylint: disable=import-outside-toplevel
-
-    return getattr(commands, name)(arguments)
+    return getattr(importlib.import_module(module), name)(arguments)
 
   return run
 

@@ -154,8 +154,8 @@ def load_vocabulary(name: str) -> Vocabulary:
   """Returns the vocabulary of a name; the same name gives the same object.
 
   Args:
-    name: "bytes"; "passkey_words", the closed vocabulary of the PassKey text; or the path of a
-      SentencePiece model.
+    name: "bytes"; "passkey_words", the closed vocabulary of the PassKey text; the path of a
+      SentencePiece model; or a Hugging Face directory, whose tokenizer it is.
 
   Raises:
     UserError: the name is none of these, or the file is missing or is not such a model.
@@ -166,7 +166,13 @@ def load_vocabulary(name: str) -> Vocabulary:
     from famjax.data import passkey  # pylint: disable=g-import-not-at-top  (passkey imports this)
 
     return WordVocabulary.from_texts(t.format(key="") for t in passkey.TEMPLATES)
-  return SentencePieceVocabulary(name)
+  path = pathlib.Path(name)
+  if (path / "tokenizer.json").is_file():
+    from famjax.data import tokenizers  # pylint: disable=g-import-not-at-top
+
+    return tokenizers.TokenizerVocabulary(name)
+  model = path / "tokenizer.model"
+  return SentencePieceVocabulary(str(model) if model.is_file() else name)
 
 
 @functools.lru_cache(maxsize=None)

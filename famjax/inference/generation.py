@@ -92,7 +92,8 @@ class Generation:
     seen, stop = np.zeros((2, len(requests), V), bool)
     for row, (request, prompt) in enumerate(zip(requests, prompts)):
       seen[row, prompt] = True
-      stop[row, [vocabulary.eos_id, *request.stop_tokens]] = True
+      ends = getattr(vocabulary, "stop_ids", (vocabulary.eos_id,))
+      stop[row, [*ends, *request.stop_tokens]] = True
     self._seen, self._stop = jnp.asarray(seen), jnp.asarray(stop)
     tails = np.asarray(reading.tail)
     self._writers = [

@@ -116,6 +116,7 @@ class Model:
     if not tokens.size:
       raise UserError(f"tokens have shape {tokens.shape}: give at least one")
     self._check_tokens(tokens)
+    self._check_context(state, tokens.shape[1])
     at_boundary = not np.any(np.asarray(state.position) % self.config.memory.block_size)
     aligned = at_boundary and tokens.shape[1] > 1  # a single token is decoded wherever it stands
     return self._read(self._engine.params, jnp.asarray(tokens, jnp.int32), state, aligned)
@@ -141,10 +142,12 @@ class Model:
     Raises:
       UserError: the text is empty, or the tokens or the state are not this model's.
     """
-    tokens = self._tokens(text)
+    after = self._reading(state, 1)
+    tokens = self._tokens(text, after.state)
     if not tokens.size:
       raise UserError("the text to read is empty: give at least one token of it")
-    return self._engine.read([tokens], self._reading(state, 1), progress=progress)
+    self._check_context(after.state, tokens.size)
+    return self._engine.read([tokens], after, progress=progress)
 
   def score(
       self,
@@ -163,10 +166,11 @@ class Model:
     Raises:
       UserError: as `read`.
     """
-    tokens = self._tokens(text)
+    after = self._reading(state, 1)
+    tokens = self._tokens(text, after.state)
     if not tokens.size:
       raise UserError("the text to score is empty: give at least one token of it")
-    after = self._reading(state, 1)
+    self._check_context(after.state, tokens.size)
     (log_probs,), reading = self._engine.score([tokens], after, progress=progress)
     if not isinstance(state, Reading):  # a state alone does not say what would have come next
       log_probs[0] = np.nan
@@ -239,21 +243,25 @@ class Model:
   def _generation(self, prompts, requests, state, progress) -> Generation:
     for request in requests:
       request.validate(self.config.vocab_size)
-    rows = [self._tokens(prompt) for prompt in prompts]
-    reading = self._reading(state, len(rows))
+    reading = self._reading(state, len(prompts))
+    rows = [self._tokens(prompt, reading.state) for prompt in prompts]
     heard = isinstance(state, Reading) and int(state.state.position.min()) > 0
     if not heard and not all(row.size for row in rows):
       raise UserError("the prompt is empty: give at least one token of text")
+    for row, request in zip(rows, requests):
+      self._check_context(reading.state, row.size + request.max_new_tokens)
     end = np.asarray(reading.state.position) + [row.size for row in rows]
     if any(row.size for row in rows):
       reading = self._engine.read(rows, reading, progress=progress)
     whole = np.array_equal(reading.state.position, end)
     return Generation(self._engine, self.vocabulary, requests, reading, rows, whole)
 
-  def _tokens(self, text: str | Sequence[int]) -> np.ndarray:
-    """int32 `[n]`, checked."""
+  def _tokens(self, text: str | Sequence[int], after: State) -> np.ndarray:
+    """int32 `[n]`, checked; a text that begins has what its tokenizer puts there."""
     if isinstance(text, str):
-      text = self.vocabulary.encode(text)
+      begins = text and not np.any(after.position)
+      begin = getattr(self.vocabulary, "begin_ids", []) if begins else []
+      text = [*begin, *self.vocabulary.encode(text)]
     tokens = np.asarray(text)
     if tokens.ndim != 1:
       raise UserError(f"tokens have shape {tokens.shape}: give a text, or tokens [n]")
@@ -278,6 +286,11 @@ class Model:
           " text for each"
       )
     return reading or self.start(batch_size).replace(state=state)
+
+  def _check_context(self, state: State, tokens: int) -> None:
+    """Raises UserError if an ordinary decoder has no room for so many tokens more."""
+    if self.config.memory.context is not None:
+      self.config.memory.check_context(int(np.max(state.position)) + tokens)
 
   def _check_tokens(self, tokens: np.ndarray) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
@@ -320,10 +333,11 @@ def _state_shapes(config: ModelConfig, batch_size: int) -> State:
 def load(
     path: str, memory: MemoryConfig | None = None, *, fam_prompt: jax.Array | None = None
 ) -> Model:
-  """Loads a model from a run or checkpoint directory.
+  """Loads a model from a directory of ours or of the Hugging Face hub.
 
   Args:
-    path: the directory of a run, of its checkpoints or of one of them.
+    path: the directory of a run, of its checkpoints or of one of them; or one with `config.json` and
+      safetensors, which is an ordinary decoder if no memory is given.
     memory: another memory than it was trained with; no weight but the FAM's own depends on it.
     fam_prompt: `[F, D]`, a FAM prompt to start from. Where a FAM is asked for that the checkpoint
       does not hold, and none is given, it is drawn from the embedding.

@@ -5,6 +5,7 @@ whole, so that a process that is killed while it saves leaves the save before it
 """
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -123,7 +124,8 @@ def _check(directory: pathlib.Path, saved, model: Model) -> None:
         f"session {directory} was made by another version of famjax: its format is"
         f" {saved['format']} and this version's {FORMAT}; use that version, or another session"
     )
-  ours = _flat(dataclasses.asdict(model.config)) | {"weights": model.fingerprint}
+  ours = json.loads(json.dumps(dataclasses.asdict(model.config)))  # tuples become lists, as there
+  ours = _flat(ours) | {"weights": model.fingerprint}
   theirs = _flat(saved["model"]) | {"weights": saved["weights"]}
   for name in dict.fromkeys([*ours, *theirs]):
     if name != "remat" and theirs.get(name) != ours.get(name):

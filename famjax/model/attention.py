@@ -27,12 +27,15 @@ class KeySet(NamedTuple):
   mask: jax.Array | None = None
 
 
-def attend(queries: jax.Array, key_sets: list[KeySet]) -> jax.Array:
+def attend(
+    queries: jax.Array, key_sets: list[KeySet], cap: float | None = None
+) -> jax.Array:
   """Attention of every block's queries over the union of its key sets.
 
   Args:
-    queries: `[B, T, H, n, d]`, rotated. Query head `h` reads key/value head `h // (H // K)`.
+    queries: `[B, T, H, n, d]`, scaled and rotated. Query head `h` reads key/value head `h // (H // K)`.
     key_sets: sets with `t <= T` blocks; a set of fewer blocks belongs to the last ones.
+    cap: scores are bent to stay within it, `cap * tanh(score / cap)`; None: they are not.
 
   Returns:
     `[B, T, H, n, d]`, in the dtype of the values; scores and softmax are float32.
@@ -42,13 +45,15 @@ def attend(queries: jax.Array, key_sets: list[KeySet]) -> jax.Array:
   G = H // K
   # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
   # copies the keys on a CPU, five times the work of a decoding step.
-  queries = (queries * d**-0.5).reshape(B, T, K, G * n, d)
+  queries = queries.reshape(B, T, K, G * n, d)
   scores = []
   for keys, _, mask in key_sets:
     t = keys.shape[1]
     score = jnp.einsum(
         "BTKgd,BTKmd->BTKgm", queries[:, T - t :], keys, preferred_element_type=jnp.float32
     ).reshape(B, t, K, G, n, -1)
+    if cap is not None:
+      score = cap * jnp.tanh(score / cap)
     if mask is not None:
       score = jnp.where(mask, score, _MASKED)
     scores.append(_pad_blocks(score, T, _MASKED))

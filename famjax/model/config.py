@@ -18,10 +18,11 @@ class MemoryConfig:
   """Which past a block can see (SPEC sections 1 and 2; defaults: Table 4).
 
   Attributes:
-    kind: "fam" (Algorithm 2) or "bswa" (Algorithm 1). A FAM of length 0 is BSWA.
+    kind: "fam" (Algorithm 2), "bswa" (Algorithm 1), or "full": all that came before, which may be
+      (M + 1) * N tokens at most, an ordinary decoder. A FAM of length 0 is BSWA.
     block_size: N, tokens in a block.
     memory_segments: M, earlier blocks whose keys and values stay visible.
-    fam_length: F, feedback vectors of a layer. Ignored by "bswa".
+    fam_length: F, feedback vectors of a layer. Ignored by "bswa" and "full".
     fam_init: "prompt", a learnable `[F, D]` carried up through the layers (B.1), or "prefix", a
       learnable `[L, F, D]` (B.4.6).
     fam_position: where a FAM written by a block stands for RoPE (B.2.1): "last", the last F
@@ -46,9 +47,22 @@ class MemoryConfig:
     """F: feedback vectors per layer; 0 for BSWA."""
     return self.fam_length if self.kind == "fam" else 0
 
+  @property
+  def context(self) -> int | None:
+    """Tokens that a row may have; None: any number."""
+    return (self.memory_segments + 1) * self.block_size if self.kind == "full" else None
+
+  def check_context(self, tokens: int) -> None:
+    """Raises UserError if a row of so many tokens is more than an ordinary decoder holds."""
+    if self.context is not None and tokens > self.context:
+      raise UserError(
+          f"{tokens} tokens are more than the {self.context} that full attention has room for here:"
+          " raise memory_segments, or give the model a memory, MemoryConfig(kind='fam', ...)"
+      )
+
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    _one_of("memory kind", self.kind, ("fam", "bswa"))
+    _one_of("memory kind", self.kind, ("fam", "bswa", "full"))
     _one_of("fam_init", self.fam_init, ("prompt", "prefix"))
     _one_of("fam_position", self.fam_position, ("last", "float", "zero"))
     _at_least("block_size", self.block_size, 1)
@@ -72,7 +86,10 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only Transformer: pre-norm, RoPE, SwiGLU, no biases but LayerNorm's.
+  """A decoder-only Transformer. The defaults are the paper's: pre-norm, RoPE, SwiGLU, no biases.
+
+  The options below `rope_theta` are what the families of open decoders differ in; a FAM vector
+  goes through each of them as a token does.
 
   Attributes:
     vocab_size: V.
@@ -82,10 +99,28 @@ class ModelConfig:
     num_kv_heads: K: H is multi-head, 1 multi-query, between them grouped-query attention. None: H.
     head_dim: d; None: D // H.
     ff_dim: hidden width of the feed-forward; None: 4 * D.
-    norm: "rms" or "layer".
+    norm: "rms", "rms_plus_one" (Gemma: it multiplies by 1 + scale) or "layer".
     norm_eps: added to the variance.
     tie_embeddings: logits through the transposed embedding, else through a head of its own.
     rope_theta: base of the RoPE wavelengths.
+    rope_factor: wavelengths are so many times longer.
+    rope_stretch: (low, high, context), Llama 3: of waves that fit more than `high` times into
+      `context` tokens none is stretched by `rope_factor`, those that fit less than `low` times are
+      stretched in full, and those between them in part. None: all in full.
+    norm_place: of the norms around attention and feed-forward: "before", "after" (OLMo 2: on what
+      they give to the residual) or "both" (Gemma 2).
+    qkv_bias: queries, keys and values have a bias (Qwen 2).
+    qk_norm: queries and keys are normed before they are rotated: each "head" (Qwen 3), or all heads
+      of a vector together, "width" (OLMo 2); None: they are not.
+    query_scale: scores are multiplied by it; None: d ** -0.5.
+    attention_cap: scores are bent to stay within it, `cap * tanh(score / cap)` (Gemma 2).
+    logit_cap: logits are bent likewise.
+    activation: of the feed-forward's gate, "silu" or "gelu" (its tanh form).
+    scale_embeddings: token embeddings and the FAM prompt are multiplied by D ** 0.5 (Gemma).
+    layer_kinds: of each layer: "global"; "local", whose tokens see `local_window` tokens at most,
+      with RoPE of `local_rope_theta`, unscaled; or "nope", without RoPE. None: all are global.
+    local_window: of local layers, on top of what their memory lets them see.
+    local_rope_theta: of local layers; None: `rope_theta`.
     compute_dtype: "float32" or "bfloat16", of activations and matrix products.
     param_dtype: dtype of the parameters.
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
@@ -103,10 +138,28 @@ class ModelConfig:
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   rope_theta: float = 10000.0
+  rope_factor: float = 1.0
+  rope_stretch: tuple[float, float, float] | None = None
+  norm_place: str = "before"
+  qkv_bias: bool = False
+  qk_norm: str | None = None
+  query_scale: float | None = None
+  attention_cap: float | None = None
+  logit_cap: float | None = None
+  activation: str = "silu"
+  scale_embeddings: bool = False
+  layer_kinds: tuple[str, ...] | None = None
+  local_window: int | None = None
+  local_rope_theta: float | None = None
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
   memory: MemoryConfig = MemoryConfig()
+
+  def __post_init__(self):
+    for name in ("rope_stretch", "layer_kinds"):  # JSON and gin give lists
+      if getattr(self, name) is not None:
+        object.__setattr__(self, name, tuple(getattr(self, name)))
 
   @property
   def kv_heads(self) -> int:
@@ -123,6 +176,31 @@ class ModelConfig:
     """Hidden width of the feed-forward."""
     return 4 * self.model_dim if self.ff_dim is None else self.ff_dim
 
+  @property
+  def attention_scale(self) -> float:
+    """What scores are multiplied by."""
+    return self.head_width**-0.5 if self.query_scale is None else self.query_scale
+
+  def kinds(self) -> tuple[str, ...]:
+    """The kinds of layers that there are; `of_kind` says what each is."""
+    return tuple(dict.fromkeys(self.layer_kinds)) if self.layer_kinds else ("global",)
+
+  def of_kind(self, kind: str) -> "ModelConfig":
+    """The configuration of a model all of whose layers are as those of this kind."""
+    plain = dataclasses.replace(self, layer_kinds=None)
+    if kind == "global":
+      return plain
+    if kind == "nope":
+      return dataclasses.replace(plain, rope_theta=math.inf)
+    windows = [w for w in (self.memory.window, self.local_window) if w is not None]
+    return dataclasses.replace(
+        plain,
+        rope_theta=self.local_rope_theta or self.rope_theta,
+        rope_factor=1.0,
+        rope_stretch=None,
+        memory=dataclasses.replace(self.memory, window=min(windows)),
+    )
+
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
     for name in (
@@ -130,9 +208,13 @@ class ModelConfig:
         "hidden_width",
     ):  # fmt: skip
       _at_least(name, getattr(self, name), 1)
-    for name in ("rope_theta", "norm_eps"):
-      if not 0 < getattr(self, name) < math.inf:
-        raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+    for name in (
+        "rope_theta", "rope_factor", "norm_eps", "query_scale", "attention_cap", "logit_cap",
+        "local_rope_theta",
+    ):  # fmt: skip
+      value = getattr(self, name)
+      if value is not None and not 0 < value < math.inf:
+        raise UserError(f"{name} is {value}; it must be above 0")
     if self.num_heads % self.kv_heads:
       raise UserError(
           f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}:"
@@ -144,16 +226,38 @@ class ModelConfig:
       )
     if self.head_width % 2:
       raise UserError(f"head width {self.head_width} is odd: RoPE turns pairs; make it even")
-    _one_of("norm", self.norm, ("rms", "layer"))
+    _one_of("norm", self.norm, ("rms", "rms_plus_one", "layer"))
+    _one_of("norm_place", self.norm_place, ("before", "after", "both"))
+    _one_of("qk_norm", self.qk_norm, (None, "head", "width"))
+    _one_of("activation", self.activation, ("silu", "gelu"))
+    self._validate_kinds()
     _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
     _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, REMAT_POLICIES)
     self.memory.validate()
 
+  def _validate_kinds(self):
+    if self.rope_stretch is not None:
+      low, high, context = self.rope_stretch
+      if not 0 < low < high or context <= 0:
+        raise UserError(f"rope_stretch is {self.rope_stretch}; it must be (low, high, context), low < high")
+    if self.layer_kinds is None:
+      return
+    for kind in self.layer_kinds:
+      _one_of("layer kind", kind, ("global", "local", "nope"))
+    if len(self.layer_kinds) != self.num_layers:
+      raise UserError(
+          f"layer_kinds names {len(self.layer_kinds)} layers, and num_layers is {self.num_layers}"
+      )
+    if "local" in self.layer_kinds and (self.local_window is None or self.local_window < 1):
+      raise UserError(
+          f"local_window is {self.local_window}; local layers need one, of 1 token at least"
+      )
+
 
 def _one_of(name: str, value, allowed) -> None:
   if value not in allowed:
-    raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+    raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, allowed))}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

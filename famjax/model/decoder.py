@@ -59,7 +59,7 @@ def apply_layer(
     key_sets.insert(-1, KeySet(loop.keys, loop.values))
     fam_keys, fam_values = layer.keys_values(loop.fam, turns.after)
     after = after._replace(fam=loop.fam, fam_keys=fam_keys, fam_values=fam_values)
-  return layer.close(attend(queries, key_sets), x), after
+  return layer.close(attend(queries, key_sets, layer.cap), x), after
 
 
 def remat(function, policy: str):
@@ -161,12 +161,13 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D]` from `hidden` to float32 logits `[..., V]`."""
-    x = self.final_norm(hidden)
+    x, cap = self.final_norm(hidden), self.config.logit_cap
     if self.config.tie_embeddings:
-      kernel = self.embedder.embedding[...].astype(x.dtype)
-      return jnp.einsum("...D,VD->...V", x, kernel, preferred_element_type=jnp.float32)
-    kernel = self.head.kernel[...].astype(x.dtype)
-    return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
+      kernel, equation = self.embedder.embedding[...], "...D,VD->...V"
+    else:
+      kernel, equation = self.head.kernel[...], "...D,DV->...V"
+    logits = jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def hidden(
       self,
@@ -181,6 +182,7 @@ class Decoder(nnx.Module):
     """As `__call__`, up to the last layer's output `[B, S, D]`."""
     config, (B, S) = self.config, tokens.shape
     if state is None:
+      config.memory.check_context(S)
       state = empty_state(config, B, past=False)
       start_of_sequence, aligned = jnp.ones(B, bool), True
     if self.is_unstacked and not isinstance(state.fam, tuple):
@@ -195,11 +197,13 @@ class Decoder(nnx.Module):
     layout = blocks.make_layout(state, S, lengths, aligned=aligned, within=within_block, N=N)
     if state.recent is not None and (starting or not layout.within):
       raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
-    turns = self._turns(layout, state.offset)
+    kinds = [config.of_kind(kind) for kind in config.kinds()]
+    turns_of_kinds = [_turns(layout, state.offset, kind) for kind in kinds]
     first = state.fam_updates == 0
 
-    def body(carry, layer, prefix, mine):
+    def body(kind, carry, layer, prefix, mine):
       x, initial = carry
+      turns = turns_of_kinds[kind]
       if starting and config.memory.length:
         here = initial if prefix is None else prefix.astype(x.dtype)
         mine = mine._replace(fam=jnp.where(start_of_sequence[:, None, None], here, mine.fam))
@@ -208,12 +212,15 @@ class Decoder(nnx.Module):
           mine = mine._replace(fam_keys=fam_keys, fam_values=fam_values)
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
       apply = within.apply_layer if layout.within else apply_layer
-      x, after = apply(layer, x, mine, layout, turns, first, config)
+      x, after = apply(layer, x, mine, layout, turns, first, kinds[kind])
       return (x, initial), after
 
     dtype = jnp.dtype(config.compute_dtype)
-    x = self.embedder.embedding[...].astype(dtype)[layout.place(tokens, N)]
-    prompt = self.fam_prompt[...].astype(dtype) if starting and self._has("fam_prompt") else None
+    scale = jnp.asarray(config.model_dim**0.5 if config.scale_embeddings else 1, dtype)
+    x = self.embedder.embedding[...].astype(dtype)[layout.place(tokens, N)] * scale
+    prompt = None
+    if starting and self._has("fam_prompt"):
+      prompt = self.fam_prompt[...].astype(dtype) * scale
     prefix = self.fam_prefix[...] if starting and self._has("fam_prefix") else None
     (x, _), after = self._over_layers(body, (x, prompt), prefix, layer_memories(state))
     full = layout.full
@@ -230,15 +237,29 @@ class Decoder(nnx.Module):
     return layout.pick(x, S), settle(new) if state.recent is None else new
 
   def _over_layers(self, body, carry, prefix, remembered):
-    """`jax.lax.scan` over stacked layers, or a loop over unstacked ones."""
+    """`jax.lax.scan` over stacked layers, or a loop over unstacked ones; `body` of each one's kind."""
+    kinds = self.config.kinds()
+    kind_of = [kinds.index(kind) for kind in self.config.layer_kinds or kinds * self.config.num_layers]
     if not self.is_unstacked:
       graphdef, weights = nnx.split(self.layers)
-      step = lambda carry, inputs: body(carry, nnx.merge(graphdef, inputs[0]), *inputs[1:])
-      return jax.lax.scan(remat(step, self.config.remat), carry, (weights, prefix, remembered))
+
+      def of_kind(k):
+        return lambda carry, weights, *given: body(k, carry, nnx.merge(graphdef, weights), *given)
+
+      bodies = [of_kind(k) for k in range(len(kinds))]
+
+      def step(carry, inputs):
+        kind, *given = inputs
+        if len(kinds) == 1:
+          return bodies[0](carry, *given)
+        return jax.lax.switch(kind, bodies, carry, *given)
+
+      inputs = jnp.array(kind_of), weights, prefix, remembered
+      return jax.lax.scan(remat(step, self.config.remat), carry, inputs)
     after = []
     for l, layer in enumerate(self.layers):
       mine = LayerMemory(*(None if field is None else field[l] for field in remembered))
-      carry, new = body(carry, layer, None if prefix is None else prefix[l], mine)
+      carry, new = body(kind_of[l], carry, layer, None if prefix is None else prefix[l], mine)
       after.append(new)
     return carry, LayerMemory(*zip(*after))
 
@@ -274,20 +295,20 @@ class Decoder(nnx.Module):
     )
     return started
 
-  def _turns(self, layout: blocks.Layout, offset: jax.Array) -> memory.Turns:
-    config = self.config
-    N, d = config.memory.block_size, config.head_width
-    turn = lambda positions, fraction=0.0: rope.rotation(positions, d, config.rope_theta, fraction)
-    fam_turn = lambda block, offset: turn(*rope.fam_positions(block, offset, config.memory))
-    block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
-    next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
-    return memory.Turns(
-        token=turn(layout.positions(N) + offset[:, None, None]),
-        write=fam_turn(block, offset[:, None]),
-        read=fam_turn(block - 1, offset[:, None]),
-        after=fam_turn(next_block - 1, offset),
-        prompt=fam_turn(jnp.int32(-1), jnp.int32(0)),
-    )
-
   def _has(self, name: str) -> bool:
     return hasattr(self, name)
+
+
+def _turns(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
+  N, frequency = config.memory.block_size, rope.frequencies(config)
+  turn = lambda positions, fraction=0.0: rope.rotation(positions, frequency, fraction)
+  fam_turn = lambda block, offset: turn(*rope.fam_positions(block, offset, config.memory))
+  block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
+  next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
+  return memory.Turns(
+      token=turn(layout.positions(N) + offset[:, None, None]),
+      write=fam_turn(block, offset[:, None]),
+      read=fam_turn(block - 1, offset[:, None]),
+      after=fam_turn(next_block - 1, offset),
+      prompt=fam_turn(jnp.int32(-1), jnp.int32(0)),
+  )

@@ -13,30 +13,39 @@ Initializer = Callable[..., jax.Array]
 
 
 class Norm(nnx.Module):
-  """RMSNorm or LayerNorm over the last axis, computed in float32."""
+  """RMSNorm or LayerNorm over the last axes, computed in float32."""
 
-  def __init__(self, config: ModelConfig):
-    dtype = jnp.dtype(config.param_dtype)
+  def __init__(
+      self,
+      config: ModelConfig,
+      shape: tuple[int, ...] | None = None,
+      axes: tuple[str, ...] = ("embed",),
+  ):
+    """Norms vectors of `shape`; None: of the model's width."""
+    shape = (config.model_dim,) if shape is None else shape
+    self.over = tuple(range(-len(shape), 0))
     self.eps = config.norm_eps
     self.centred = config.norm == "layer"
-    self.scale = nnx.Param(jnp.ones(config.model_dim, dtype), axes=("embed",))
+    self.plus_one = config.norm == "rms_plus_one"
+    scale = (jnp.zeros if self.plus_one else jnp.ones)(shape, config.param_dtype)
+    self.scale = nnx.Param(scale, axes=axes)
     if self.centred:
-      self.bias = nnx.Param(jnp.zeros(config.model_dim, dtype), axes=("embed",))
+      self.bias = nnx.Param(jnp.zeros(shape, config.param_dtype), axes=axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., D]` to `[..., D]`, in the dtype of `x`."""
+    """`[..., *shape]` to the same, in the dtype of `x`."""
     y = x.astype(jnp.float32)
     if self.centred:
-      y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-    y = y * self.scale[...].astype(jnp.float32)
+      y = y - y.mean(self.over, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(self.over, keepdims=True) + self.eps)
+    y = y * (self.scale[...].astype(jnp.float32) + self.plus_one)
     if self.centred:
       y = y + self.bias[...].astype(jnp.float32)
     return y.astype(x.dtype)
 
 
 class Projection(nnx.Module):
-  """A matrix product written as an einsum; the kernel is cast to the dtype of the input."""
+  """A matrix product written as an einsum; its weights are cast to the dtype of the input."""
 
   def __init__(
       self,
@@ -47,14 +56,19 @@ class Projection(nnx.Module):
       fan_in: int,
       param_dtype: str,
       rngs: nnx.Rngs,
+      bias: bool = False,
   ):
+    """Makes a kernel of `shape`, and a bias of its axes after the first ("embed") if it has one."""
     self.equation = equation
     kernel = jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
     kernel = kernel * (fan_in**-0.5 / 0.87962566)  # the cut at 2 leaves a deviation of 0.88
     self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
+    if bias:
+      self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype), axes=axes[1:])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
 class Attention(nnx.Module):
@@ -63,49 +77,75 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, H, K, d = config.model_dim, config.num_heads, config.kv_heads, config.head_width
     options = dict(param_dtype=config.param_dtype, rngs=rngs)
-    self.query = Projection(
-        "...D,DHd->...Hd", (D, H, d), ("embed", "heads", "head"), fan_in=D, **options
-    )
-    self.key = Projection(
-        "...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), fan_in=D, **options
-    )
-    self.value = Projection(
-        "...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), fan_in=D, **options
-    )
+    inner = options | dict(fan_in=D, bias=config.qkv_bias)
+    self.query = Projection("...D,DHd->...Hd", (D, H, d), ("embed", "heads", "head"), **inner)
+    self.key = Projection("...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), **inner)
+    self.value = Projection("...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), **inner)
     self.out = Projection(
         "...Hd,HdD->...D", (H, d, D), ("heads", "head", "embed"), fan_in=H * d, **options
     )
+    if config.qk_norm == "head":
+      self.query_norm = Norm(config, (d,), ("head",))
+      self.key_norm = Norm(config, (d,), ("head",))
+    elif config.qk_norm == "width":
+      self.query_norm = Norm(config, (H, d), ("heads", "head"))
+      self.key_norm = Norm(config, (K, d), ("kv_heads", "head"))
+
+  def queries(self, h: jax.Array) -> jax.Array:
+    """`[..., n, D]` to `[..., H, n, d]`, not yet rotated: a head's vectors stand side by side."""
+    queries = self.query(h)
+    return _heads_first(self.query_norm(queries) if hasattr(self, "query_norm") else queries)
+
+  def keys(self, h: jax.Array) -> jax.Array:
+    """`[..., n, D]` to `[..., K, n, d]`, not yet rotated."""
+    keys = self.key(h)
+    return _heads_first(self.key_norm(keys) if hasattr(self, "key_norm") else keys)
+
+  def values(self, h: jax.Array) -> jax.Array:
+    """`[..., n, D]` to `[..., K, n, d]`."""
+    return _heads_first(self.value(h))
 
 
 class FeedForward(nnx.Module):
-  """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+  """SwiGLU: `down(silu(gate(x)) * up(x))`; GeGLU with another activation."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, ff = config.model_dim, config.hidden_width
     options = dict(param_dtype=config.param_dtype, rngs=rngs)
+    self.activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[config.activation]
     self.gate = Projection("...D,Df->...f", (D, ff), ("embed", "mlp"), fan_in=D, **options)
     self.up = Projection("...D,Df->...f", (D, ff), ("embed", "mlp"), fan_in=D, **options)
     self.down = Projection("...f,fD->...D", (ff, D), ("mlp", "embed"), fan_in=ff, **options)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):
-  """One pre-norm decoder layer. A FAM vector takes exactly the path that a token takes.
+  """One decoder layer. A FAM vector takes exactly the path that a token takes.
 
   Between `project` and `close` stands attention, which is where tokens and FAM differ: they see
   different keys (memory.py, decoder.py).
+
+  Attributes:
+    attention: its kernels; `attention_norm` before it, `attention_post_norm` after it.
+    feedforward: likewise.
+    cap: of attention's scores, see `attend`.
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.attention_norm = Norm(config)
     self.attention = Attention(config, rngs)
-    self.feedforward_norm = Norm(config)
     self.feedforward = FeedForward(config, rngs)
+    self.scale, self.cap = config.attention_scale, config.attention_cap
+    if config.norm_place != "after":
+      self.attention_norm = Norm(config)
+      self.feedforward_norm = Norm(config)
+    if config.norm_place != "before":
+      self.attention_post_norm = Norm(config)
+      self.feedforward_post_norm = Norm(config)
 
   def project(self, x: jax.Array, query_turn, key_turn) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`qkv(norm(x))`, queries and keys rotated.
+    """`qkv(norm(x))`, queries scaled, queries and keys rotated.
 
     Args:
       x: `[..., n, D]`.
@@ -116,17 +156,16 @@ class Layer(nnx.Module):
       queries `[..., H, n, d]`, keys and values `[..., K, n, d]`: a head's vectors stand side by
       side, as attention reads them.
     """
-    h = self.attention_norm(x)
-    queries = rope.rotate(_heads_first(self.attention.query(h)), query_turn)
+    h = self._normed("attention_norm", x)
+    queries = rope.rotate(self.attention.queries(h), query_turn) * self.scale
     return queries, *self._keys_values(h, key_turn)
 
   def keys_values(self, x: jax.Array, turn) -> tuple[jax.Array, jax.Array]:
     """The keys and values alone of `project`."""
-    return self._keys_values(self.attention_norm(x), turn)
+    return self._keys_values(self._normed("attention_norm", x), turn)
 
   def _keys_values(self, h, turn):
-    keys = rope.rotate(_heads_first(self.attention.key(h)), turn)
-    return keys, _heads_first(self.attention.value(h))
+    return rope.rotate(self.attention.keys(h), turn), self.attention.values(h)
 
   def close(self, attended: jax.Array, residual: jax.Array) -> jax.Array:
     """`a = attended @ Wo + residual`, then `a + ff(norm(a))`.
@@ -138,8 +177,13 @@ class Layer(nnx.Module):
     Returns:
       `[..., n, D]`.
     """
-    a = self.attention.out(jnp.swapaxes(attended, -2, -3)) + residual
-    return a + self.feedforward(self.feedforward_norm(a))
+    out = self.attention.out(jnp.swapaxes(attended, -2, -3))
+    a = self._normed("attention_post_norm", out) + residual
+    fed = self.feedforward(self._normed("feedforward_norm", a))
+    return a + self._normed("feedforward_post_norm", fed)
+
+  def _normed(self, name: str, x: jax.Array) -> jax.Array:
+    return getattr(self, name)(x) if hasattr(self, name) else x
 
 
 def _heads_first(x):

@@ -88,6 +88,7 @@ def update(
   attended = attend(
       queries[:, None],
       [KeySet(keys[:, None], values[:, None]), KeySet(block_keys[:, None], block_values[:, None])],
+      layer.cap,
   )[:, 0]
   residual = jnp.where(first[:, None, None], 0, fam)
   return layer.close(attended, residual), keys, values
@@ -144,5 +145,6 @@ def climb(layer: Layer, prompt: jax.Array, turn: Turn) -> jax.Array:
     `[F, D]`, the next layer's initial FAM.
   """
   queries, keys, values = layer.project(prompt, turn, turn)
-  attended = attend(queries[None, None], [KeySet(keys[None, None], values[None, None])])[0, 0]
+  seen = KeySet(keys[None, None], values[None, None])
+  attended = attend(queries[None, None], [seen], layer.cap)[0, 0]
   return layer.close(attended, prompt)

@@ -1,10 +1,12 @@
 """Rotary position embedding (RoPE), exact far out, and the positions of a FAM (B.2.1)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famjax.model.config import MemoryConfig
+from famjax.model.config import MemoryConfig, ModelConfig
 
 # Positions are split into coarse * _STRIDE + fine. A float32 angle of position 1,000,000 is off by
 # 0.03 rad; the sum of a coarse angle, reduced to one turn beforehand, and a fine one by 0.0005.
@@ -16,22 +18,37 @@ def wavelength(theta: float) -> float:
   return 2 * np.pi * theta
 
 
+def frequencies(config: ModelConfig) -> np.ndarray:
+  """float64 `[d / 2]`: the angle by which each pair turns per position, `theta ** (-2 i / d)`.
+
+  Scaled by `rope_factor` and `rope_stretch`, if they are given. Zeros for `theta` infinite: no RoPE.
+  """
+  width, theta = config.head_width, config.rope_theta
+  if math.isinf(theta):
+    return np.zeros(width // 2)
+  plain = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+  if config.rope_stretch is None:
+    return plain / config.rope_factor
+  low, high, context = config.rope_stretch
+  times = context * plain / (2 * np.pi)  # that a wave fits into the context
+  kept = np.clip((times - low) / (high - low), 0, 1)
+  return kept * plain + (1 - kept) * plain / config.rope_factor
+
+
 def rotation(
-    positions: jax.Array, width: int, theta: float, fraction: jax.Array | float = 0.0
+    positions: jax.Array, frequency: np.ndarray, fraction: jax.Array | float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of every position's angles.
 
   Args:
     positions: `[...]` int32 positions.
-    width: d, head width.
-    theta: base of the wavelengths; pair `i` turns by `theta ** (-2 i / d)` per position.
+    frequency: `[d / 2]`, from `frequencies`.
     fraction: added to the positions, and broadcastable to them; apart from them, as float32 has no
       fractions left at position 1,000,000.
 
   Returns:
     Two float32 arrays `[..., d / 2]`.
   """
-  frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
   coarse_turn = np.remainder(_STRIDE * frequency, 2 * np.pi).astype(np.float32)
   # Towards 0, so that the positions just before 0, the initial FAM's, are exact as well.
   coarse = jnp.sign(positions) * jnp.floor_divide(jnp.abs(positions), _STRIDE)

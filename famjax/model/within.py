@@ -58,7 +58,7 @@ def apply_layer(
     key_sets.insert(-1, KeySet(mine.fam_keys[:, None], mine.fam_values[:, None]))
     fam, fam_keys, fam_values = _feedback(layer, mine, recent, layout, turns, first)
     after = after._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
-  return layer.close(attend(queries, key_sets), x), after
+  return layer.close(attend(queries, key_sets, layer.cap), x), after
 
 
 def _feedback(layer, mine, recent, layout, turns, first):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from famjax.convert import hf
 from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
@@ -104,7 +105,7 @@ class Checkpoints:
             "reader": {"position": np.asarray(position)},
         },
         force=True,
-        custom_metadata={"model": dataclasses.asdict(about.model), "vocabulary": about.vocabulary},
+        custom_metadata=_metadata(about),
     )
     self._newest = step
 
@@ -163,6 +164,16 @@ class Checkpoints:
     return None
 
 
+def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
+  """Leaves parameters alone as step 0 of a new run directory, for inference or to start from."""
+  with quiet(), ocp.training.Checkpointer(directory.absolute() / "checkpoints") as checkpointer:
+    checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=_metadata(about))
+
+
+def _metadata(about: About) -> dict[str, Any]:
+  return {"model": dataclasses.asdict(about.model), "vocabulary": about.vocabulary}
+
+
 def list_steps(directory: pathlib.Path) -> list[int]:
   """Steps that have a checkpoint, whole or not, in rising order."""
   if not directory.is_dir():
@@ -210,13 +221,16 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   """Reads the parameters of a checkpoint, for inference or for another run to start from.
 
   Args:
-    path: a run's directory, its `checkpoints` directory (the newest whole step is taken), or one
-      step's directory.
+    path: a run's directory, its `checkpoints` directory (the newest whole step is taken), one step's
+      directory, or a Hugging Face directory (`convert.hf`).
 
   Raises:
     UserError: there is no whole checkpoint, or another version of famjax wrote it.
   """
   path = pathlib.Path(path).absolute()
+  if hf.is_hf(path):
+    params, model = hf.read(path)
+    return Loaded(params, model, str(path), 0)
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   steps = list_steps(directory)[::-1]
   if not steps and path.name.isdigit():

@@ -87,10 +87,13 @@ def flops_per_token(config: ModelConfig, length: int, followed: bool = False) ->
   N, F = config.memory.block_size, config.memory.length
   layer = D * H * d + 2 * D * K * d + H * d * D + 3 * D * ff
   attend = 4 * H * d  # for each query and key: one product for the logit, one for the result
-  keys = visible_keys(config.memory, length, followed)
+  keys = np.mean([
+      visible_keys(config.of_kind(kind).memory, length, followed)
+      for kind in config.layer_kinds or config.kinds()
+  ])  # averaged over layers
   matrices = 2 * (L * layer + D * V)
   fam = L / N * (2 * F * layer + attend * F * (N + F) + attend * F * N)
-  return FlopsPerToken(3.0 * matrices, 3.0 * L * attend * keys, 3.0 * fam)
+  return FlopsPerToken(3.0 * matrices, 3.0 * L * attend * float(keys), 3.0 * fam)
 
 
 def utilisation(

@@ -72,6 +72,27 @@ FAM = [
     fam(6, 2, 3, 1, (2, 2), fam_init="prefix", tie_embeddings=False),
     fam(3, 1, 2, 3, (2, 1), fam_init="prefix", fam_position="float", norm="layer", window=5),
 ]
+# What families of open decoders differ in, with a FAM that goes through all of it.
+FAMILIES = {
+    "Qwen 3 with a bias, and RoPE as in Llama 3": fam(
+        3, 1, 2, 2, (4, 2), dim=16, head_dim=6, qkv_bias=True, qk_norm="head", rope_factor=4.0,
+        rope_stretch=(1.0, 4.0, 20.0),
+    ),
+    "Gemma 2": fam(
+        4, 1, 2, 3, (2, 1), head_dim=6, norm="rms_plus_one", norm_place="both", activation="gelu",
+        scale_embeddings=True, query_scale=0.3, attention_cap=1.5, logit_cap=2.0,
+        layer_kinds=("local", "global", "local"), local_window=3,
+    ),
+    "Gemma 3": fam(
+        3, 2, 3, 3, (2, 2), norm="rms_plus_one", norm_place="both", qk_norm="head", activation="gelu",
+        scale_embeddings=True, rope_theta=1e6, rope_factor=8.0, local_rope_theta=100.0,
+        layer_kinds=("local", "local", "global"), local_window=5,
+    ),
+    "OLMo 2 without RoPE in a layer": fam(
+        4, 1, 2, 2, (4, 2), dim=16, norm_place="after", qk_norm="width", tie_embeddings=False,
+        layer_kinds=("global", "nope"), fam_init="prefix",
+    ),
+}  # fmt: skip
 
 
 def width(config) -> int:

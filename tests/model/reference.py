@@ -58,7 +58,7 @@ def read(params: Params, config, tokens, *, offset: int = 0, kept_fam=None) -> R
     The logits and what a state would hold.
   """
   memory, size = config.memory, config.memory.block_size
-  layers = [_layer(params["layers"], index) for index in range(config.num_layers)]
+  layers = [_layer(params["layers"], index, config) for index in range(config.num_layers)]
   length = memory.fam_length if memory.kind == "fam" else 0
   if kept_fam is not None:
     fam, updates = list(np.asarray(kept_fam, np.float64)), 1
@@ -68,14 +68,12 @@ def read(params: Params, config, tokens, *, offset: int = 0, kept_fam=None) -> R
   logits = []
 
   for block, start in enumerate(range(0, len(tokens), size)):
-    x = [params["embedder"]["embedding"][token] for token in tokens[start : start + size]]
+    x = [_embedded(params["embedder"]["embedding"][t], config) for t in tokens[start : start + size]]
     full = len(x) == size
     for index, layer in enumerate(layers):
       # Q, Kx, Vx of the tokens; Qf, Kf, Vf of the FAM that block t-1 wrote.
       for i, vector in enumerate(x):
-        normed = _norm(vector, layer["attention_norm"], config)
-        key = _rotate(_project(normed, layer["attention"]["key"]), start + i + offset, config)
-        past[index].append((start + i, key, _project(normed, layer["attention"]["value"])))
+        past[index].append((start + i, *_key_and_value(vector, layer, start + i + offset, config)))
       own = [(key, value) for _, key, value in past[index][start:]]
       fam_pairs = _fam_pairs(fam[index], layer, config, block - 1, offset)
 
@@ -85,7 +83,7 @@ def read(params: Params, config, tokens, *, offset: int = 0, kept_fam=None) -> R
         visible = []
         for key_position, key, value in past[index]:
           segments_back = block - key_position // size
-          in_window = memory.window is None or key_position > position - memory.window
+          in_window = all(key_position > position - window for window in layer["windows"])
           if segments_back <= memory.memory_segments and key_position <= position and in_window:
             visible.append((key, value))
         outputs.append(
@@ -139,7 +137,7 @@ def dense_logits(params: Params, config, tokens, mask) -> np.ndarray:
 
   x = params["embedder"]["embedding"][np.asarray(tokens)]  # [S, D]
   for index in range(config.num_layers):
-    layer = _layer(params["layers"], index)
+    layer = _layer(params["layers"], index, config)
     weights = {name: leaf["kernel"] for name, leaf in layer["attention"].items()}
     normed = _norm(x, layer["attention_norm"], config)
     query = rotate(np.einsum("SD,DHd->SHd", normed, weights["query"]))
@@ -149,7 +147,9 @@ def dense_logits(params: Params, config, tokens, mask) -> np.ndarray:
     scores = np.exp(np.where(mask, scores, -np.inf))
     scores /= scores.sum(-1, keepdims=True)
     x = x + np.einsum("Hqk,kHd,HdD->qD", scores, value, weights["out"])
-    x = x + _feedforward(_norm(x, layer["feedforward_norm"], config), layer["feedforward"])
+    x = x + _feedforward(
+        _norm(x, layer["feedforward_norm"], config), layer["feedforward"], config
+    )
   return _logits(x, params, config)
 
 
@@ -171,7 +171,7 @@ def _initial_fam(params, config, layers, length, offset) -> list[np.ndarray]:
     return [np.zeros((0, config.model_dim)) for _ in layers]
   if config.memory.fam_init == "prefix":
     return list(params["fam_prefix"])
-  entering, fam = params["fam_prompt"], []
+  entering, fam = _embedded(params["fam_prompt"], config), []
   positions = _fam_positions(config, length, -1, offset)
   for layer in layers:
     fam.append(entering)
@@ -200,35 +200,46 @@ def _fam_pairs(fam, layer, config, block, offset):
   """Keys and values of one layer's FAM, which `block` wrote."""
   pairs = []
   for vector, position in zip(fam, _fam_positions(config, len(fam), block, offset)):
-    normed = _norm(vector, layer["attention_norm"], config)
-    key = _rotate(_project(normed, layer["attention"]["key"]), position, config)
-    pairs.append((key, _project(normed, layer["attention"]["value"])))
+    pairs.append(_key_and_value(vector, layer, position, config))
   return pairs
+
+
+def _key_and_value(vector, layer, position, config):
+  weights = layer["attention"]
+  normed = _norm(vector, layer.get("attention_norm"), config)
+  key = _norm(_project(normed, weights["key"]), weights.get("key_norm"), config)
+  return _rotate(key, position, layer), _project(normed, weights["value"])
 
 
 def _layer_output(vector, residual, pairs, position, layer, config):
   """One vector's way through a layer: attention over `pairs`, residual, feed-forward, residual."""
-  normed = _norm(vector, layer["attention_norm"], config)
-  query = _rotate(_project(normed, layer["attention"]["query"]), position, config)  # [H, d]
+  weights = layer["attention"]
+  normed = _norm(vector, layer.get("attention_norm"), config)
+  query = _norm(_project(normed, weights["query"]), weights.get("query_norm"), config)
+  query = _rotate(query, position, layer)  # [H, d]
+  scale = config.query_scale or 1 / np.sqrt(_head_dim(config))
   attended = np.zeros_like(vector)
   for head in range(config.num_heads):
     shared = head // (config.num_heads // _kv_heads(config))
-    scores = [query[head] @ key[shared] / np.sqrt(_head_dim(config)) for key, _ in pairs]
-    weights = np.exp(np.array(scores) - max(scores))
-    weights /= weights.sum()
-    mixed = sum(weight * value[shared] for weight, (_, value) in zip(weights, pairs))
-    attended += mixed @ layer["attention"]["out"]["kernel"][head]
-  a = attended + residual
-  return a + _feedforward(_norm(a, layer["feedforward_norm"], config), layer["feedforward"])
+    scores = np.array([query[head] @ key[shared] * scale for key, _ in pairs])
+    scores = _capped(scores, config.attention_cap)
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    mixed = sum(p * value[shared] for p, (_, value) in zip(probabilities, pairs))
+    attended += mixed @ weights["out"]["kernel"][head]
+  a = _norm(attended, layer.get("attention_post_norm"), config) + residual
+  fed = _norm(a, layer.get("feedforward_norm"), config)
+  fed = _feedforward(fed, layer["feedforward"], config)
+  return a + _norm(fed, layer.get("feedforward_post_norm"), config)
 
 
 def _project(vector, weights):
-  return np.tensordot(vector, weights["kernel"], 1)  # [D] [D, K, d] -> [K, d]
+  return np.tensordot(vector, weights["kernel"], 1) + weights.get("bias", 0)  # [D] -> [K, d]
 
 
-def _rotate(x, position, config):
+def _rotate(x, position, layer):
   half = x.shape[-1] // 2
-  angle = position * config.rope_theta ** (-2 * np.arange(half) / x.shape[-1])
+  angle = position * layer["frequencies"]
   first, second = x[..., :half], x[..., half:]
   return np.concatenate([
       first * np.cos(angle) - second * np.sin(angle),
@@ -236,28 +247,73 @@ def _rotate(x, position, config):
   ], -1)
 
 
+def _frequencies(config, kind):
+  """[d/2] angles per position of one kind of layer."""
+  if kind == "nope":
+    return np.zeros(_head_dim(config) // 2)
+  local = kind == "local"
+  theta = config.local_rope_theta if local and config.local_rope_theta else config.rope_theta
+  result = []
+  for pair in range(_head_dim(config) // 2):
+    frequency = theta ** (-2 * pair / _head_dim(config))
+    if not local and config.rope_stretch is None:
+      frequency /= config.rope_factor
+    elif not local:  # Llama 3: by wavelength
+      low, high, context = config.rope_stretch
+      wavelength = 2 * np.pi / frequency
+      if wavelength > context / low:
+        frequency /= config.rope_factor
+      elif wavelength >= context / high:
+        smooth = (context / wavelength - low) / (high - low)
+        frequency = (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+    result.append(frequency)
+  return np.array(result)
+
+
 def _norm(x, weights, config):
-  if config.norm == "rms":
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weights["scale"]
-  centred = x - x.mean(-1, keepdims=True)
-  deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_eps)
-  return centred / deviation * weights["scale"] + weights["bias"]
+  """Over all axes that the scale has; no weights: no norm."""
+  if weights is None:
+    return x
+  axes = tuple(range(-weights["scale"].ndim, 0))
+  if config.norm == "layer":
+    x = x - x.mean(axes, keepdims=True)
+  x = x / np.sqrt((x**2).mean(axes, keepdims=True) + config.norm_eps)
+  scale = weights["scale"] + 1 if config.norm == "rms_plus_one" else weights["scale"]
+  return x * scale + weights.get("bias", 0)
 
 
-def _feedforward(x, weights):
+def _feedforward(x, weights, config):
   gate = x @ weights["gate"]["kernel"]
-  return (gate / (1 + np.exp(-gate)) * (x @ weights["up"]["kernel"])) @ weights["down"]["kernel"]
+  if config.activation == "gelu":
+    gate = gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+  else:
+    gate = gate / (1 + np.exp(-gate))
+  return (gate * (x @ weights["up"]["kernel"])) @ weights["down"]["kernel"]
+
+
+def _embedded(x, config):
+  return x * np.sqrt(config.model_dim) if config.scale_embeddings else x
+
+
+def _capped(x, cap):
+  return x if cap is None else cap * np.tanh(x / cap)
 
 
 def _logits(x, params, config):
   normed = _norm(x, params["final_norm"], config)
   if config.tie_embeddings:
-    return normed @ params["embedder"]["embedding"].T
-  return normed @ params["head"]["kernel"]
+    return _capped(normed @ params["embedder"]["embedding"].T, config.logit_cap)
+  return _capped(normed @ params["head"]["kernel"], config.logit_cap)
 
 
-def _layer(stacked, index):
-  return jax.tree.map(lambda leaf: leaf[index], stacked)
+def _layer(stacked, index, config):
+  """One layer's weights, its RoPE, and the windows of tokens that it sees through."""
+  kind = config.layer_kinds[index] if config.layer_kinds else "global"
+  windows = [config.memory.window, config.local_window if kind == "local" else None]
+  return jax.tree.map(lambda leaf: leaf[index], stacked) | {
+      "frequencies": _frequencies(config, kind),
+      "windows": [window for window in windows if window is not None],
+  }
 
 
 def _head_dim(config) -> int:

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from famjax.model import rope
-from famjax.model.config import MemoryConfig
+from famjax.model.config import MemoryConfig, ModelConfig
 
 
 def largest_error(positions, width, theta, fraction=0.0):
   """max |cos - exact|, |sin - exact| over positions and pairs."""
-  cos, sin = rope.rotation(jnp.asarray(positions), width, theta, jnp.float32(fraction))
+  config = ModelConfig(head_dim=width, rope_theta=theta)
+  frequency = rope.frequencies(config)
+  cos, sin = rope.rotation(jnp.asarray(positions), frequency, jnp.float32(fraction))
   exact = np.asarray(positions, np.float64) + np.asarray(fraction, np.float64)
   angle = exact[:, None] * theta ** (-np.arange(0, width, 2) / width)
   return max(np.abs(cos - np.cos(angle)).max(), np.abs(sin - np.sin(angle)).max())

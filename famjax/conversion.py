@@ -1,0 +1,53 @@
+"""`famjax convert`: checkpoints of ours from Hugging Face directories, and back."""
+
+import argparse
+import pathlib
+import shutil
+
+from famjax.convert import hf
+from famjax.data import tokenizers
+from famjax.errors import UserError
+from famjax.training import checkpoint
+
+_TOKENIZER = "tokenizer"  # directory of its files, beside the checkpoints
+
+
+def convert(arguments: argparse.Namespace) -> int:
+  """Makes a famjax checkpoint of a Hugging Face directory, or the other way round."""
+  if (arguments.source, arguments.target) not in (("hf", None), (None, "hf")):
+    raise UserError("convert goes from or to Hugging Face: --from=hf or --to=hf")
+  src, dst = pathlib.Path(arguments.src).absolute(), pathlib.Path(arguments.dst).absolute()
+  if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    raise UserError(f"{dst} is there already: name a new directory, or an empty one")
+  if arguments.source:
+    if not hf.is_hf(src):
+      raise UserError(f"{src} has no config.json of a Hugging Face model")
+    loaded = checkpoint.load_params(src)
+    files = _copy_tokenizer(src, dst / _TOKENIZER, also=("config.json",))
+    vocabulary = str(dst / _TOKENIZER) if files else "bytes"
+    checkpoint.save_params(dst, loaded.params, checkpoint.About(loaded.model, vocabulary))
+  else:
+    loaded = checkpoint.load_params(src)
+    origin = pathlib.Path(loaded.vocabulary)
+    like = hf.read_json(origin / "config.json") if (origin / "config.json").is_file() else None
+    hf.write(dst, loaded.params, loaded.model, like)
+    _copy_tokenizer(origin, dst)
+  count = sum(leaf.size for leaf in _leaves(loaded.params))
+  print(f"{count:,} parameters of {loaded.model.param_dtype} written to {dst}")
+  return 0
+
+
+def _copy_tokenizer(src: pathlib.Path, dst: pathlib.Path, also: tuple[str, ...] = ()) -> list[str]:
+  """Copies a tokenizer's files; returns which there were, none if there is no tokenizer."""
+  files = [name for name in tokenizers.FILES if (src / name).is_file()]
+  if not {"tokenizer.json", "tokenizer.model"} & set(files):
+    return []
+  dst.mkdir(parents=True, exist_ok=True)
+  for name in (*files, *also):
+    shutil.copyfile(src / name, dst / name)
+  return files
+
+
+def _leaves(tree):
+  for value in tree.values():
+    yield from _leaves(value) if isinstance(value, dict) else [value]

@@ -1,0 +1,256 @@
+"""Families of open decoders: their `config.json` in Hugging Face's words, and ours.
+
+One entry per family says what all of its models have in common (`fixed`), what its `config.json`
+calls by names of its own (`names`), and what it leaves out when it has its usual value (`usual`).
+Everything else is common to all, `_COMMON` and `_rope`. There are no per-family models:
+`famjax.model` has options, and a family is a choice of them.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+from famjax.errors import UserError
+from famjax.model.config import ModelConfig
+
+Json = dict[str, Any]
+
+# What config.json calls it, and what ModelConfig does.
+_COMMON = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ff_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+_GEMMA = dict(norm="rms_plus_one", activation="gelu", scale_embeddings=True)
+_GEMMA_2 = _GEMMA | dict(norm_place="both")
+_CAPS = {"attn_logit_softcapping": "attention_cap", "final_logit_softcapping": "logit_cap"}
+# Switches that famjax has nothing for: each is refused unless it has this value.
+_NEEDED = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
+
+
+class Family(NamedTuple):
+  """One family.
+
+  Attributes:
+    architecture: class of its language model in transformers.
+    fixed: options of `ModelConfig` that all of its models have.
+    usual: what `config.json` may leave out, by its names.
+    names: more names, beside the common ones.
+    every: without `layer_types`, each `every`-th layer is global and the others local; 0: all are
+      global.
+  """
+
+  architecture: str
+  fixed: Mapping[str, Any] = {}
+  usual: Mapping[str, Any] = {}
+  names: Mapping[str, str] = {}
+  every: int = 0
+
+
+FAMILIES = {  # by `model_type`; the plainest first, which is what an export prefers
+    "llama": Family("LlamaForCausalLM"),  # SmolLM2 too
+    "mistral": Family("MistralForCausalLM", usual={"sliding_window": 4096}),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", usual={"tie_word_embeddings": True, "rope_theta": 2e6}
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": "head"}, {"head_dim": 128}),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", {"norm_place": "after", "qk_norm": "width"}, {"rms_norm_eps": 1e-5}
+    ),
+    "gemma": Family("GemmaForCausalLM", _GEMMA, {"tie_word_embeddings": True, "head_dim": 256}),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", _GEMMA_2,
+        {
+            "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
+        _CAPS, every=2,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", _GEMMA_2 | {"qk_norm": "head"},
+        {
+            "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        },
+        _CAPS, every=6,
+    ),
+}  # fmt: skip
+
+
+def from_hf(hf: Json) -> ModelConfig:
+  """The configuration of a Hugging Face model, without a memory of ours.
+
+  Args:
+    hf: its `config.json`, as transformers 4 or 5 writes it.
+
+  Raises:
+    UserError: the model is of no family in `FAMILIES`, or has something that famjax has not.
+  """
+  kind = hf.get("model_type")
+  if hf.get("is_encoder_decoder"):
+    raise UserError(
+        f"a model of type {kind!r} is an encoder-decoder, and famjax has decoders: {_known()}"
+    )
+  if kind not in FAMILIES:
+    raise UserError(f"a model of type {kind!r} cannot be converted; {_known()}")
+  family = FAMILIES[kind]
+  hf = {**family.usual, **hf}
+  for name, value in _NEEDED.items():
+    if hf.get(name) not in (value, None):
+      raise UserError(f"{kind}: {name} is {hf[name]}, and famjax has {value} alone")
+  options = {ours: hf[theirs] for theirs, ours in _COMMON.items() if hf.get(theirs) is not None}
+  options |= {ours: hf[theirs] for theirs, ours in family.names.items() if theirs in hf}
+  options |= {"tie_embeddings": hf.get("tie_word_embeddings", False), **family.fixed}
+  activation = hf.get("hidden_activation") or hf.get("hidden_act")
+  # Gemma 1 was published with "gelu", and is run with its tanh form all the same.
+  if activation is not None and (kind, activation) != ("gemma", "gelu"):
+    if _ACTIVATIONS.get(activation) != options.get("activation", "silu"):
+      raise UserError(f"{kind}: the activation {activation!r} is not one that famjax has for it")
+  if "query_pre_attn_scalar" in hf:
+    options["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
+  options |= _layers(kind, family, hf) | _rope(kind, hf)
+  return _normal(ModelConfig(**options))
+
+
+def to_hf(config: ModelConfig) -> Json:
+  """The `config.json` of a model, of the plainest family that has all it needs.
+
+  Raises:
+    UserError: no family has.
+  """
+  wanted = dataclasses.replace(
+      _normal(config), memory=ModelConfig().memory, remat="none", compute_dtype="float32",
+      param_dtype="float32",
+  )  # fmt: skip
+  for kind in FAMILIES:
+    hf = _as_family(kind, config)
+    try:
+      if from_hf(hf) == wanted:
+        return hf
+    except UserError:
+      pass
+  raise UserError(f"no Hugging Face family has all options of this model; {_known()}")
+
+
+def _as_family(kind: str, config: ModelConfig) -> Json:
+  """The `config.json` that this family would have; what it has no words for is left out."""
+  family = FAMILIES[kind]
+  hf = {"architectures": [family.architecture], "model_type": kind}
+  hf |= {theirs: getattr(config, ours) for theirs, ours in {**_COMMON, **family.names}.items()}
+  hf |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_width}
+  hf |= {"intermediate_size": config.hidden_width}
+  gelu = config.activation == "gelu"
+  hf["hidden_activation" if gelu else "hidden_act"] = "gelu_pytorch_tanh" if gelu else "silu"
+  if gelu and kind == "gemma":
+    hf["hidden_act"] = hf["hidden_activation"]
+  if "query_pre_attn_scalar" in family.usual:
+    hf["query_pre_attn_scalar"] = round(config.attention_scale**-2)
+  kinds = config.layer_kinds or ("global",) * config.num_layers
+  if kind == "smollm3":
+    hf["no_rope_layers"] = [int(kind != "nope") for kind in kinds]
+    hf["use_sliding_window"] = False
+  elif kind in ("qwen2", "qwen3"):
+    hf["use_sliding_window"] = "local" in kinds
+  if "local" in kinds or "sliding_window" in family.usual:
+    hf["sliding_window"] = config.local_window
+  if kind not in ("llama", "mistral", "olmo2", "gemma"):
+    names = {"global": "full_attention", "local": "sliding_attention", "nope": "full_attention"}
+    hf["layer_types"] = [names[kind] for kind in kinds]
+  rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+  if config.rope_stretch is not None:
+    low, high, context = config.rope_stretch
+    rope |= {
+        "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": low,
+        "high_freq_factor": high, "original_max_position_embeddings": int(context),
+    }  # fmt: skip
+  elif config.rope_factor != 1:
+    rope |= {"rope_type": "linear", "factor": config.rope_factor}
+  if kind == "gemma3_text":
+    local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+    rope = {"full_attention": rope, "sliding_attention": local}
+  hf["rope_parameters"] = rope
+  return hf
+
+
+def _normal(config: ModelConfig) -> ModelConfig:
+  """The same model, of several ways to say the same one."""
+  usual = config.model_dim / config.num_heads
+  return dataclasses.replace(
+      config,
+      num_kv_heads=None if config.kv_heads == config.num_heads else config.kv_heads,
+      head_dim=None if config.head_width == usual else config.head_width,
+      ff_dim=config.hidden_width,
+      layer_kinds=None if config.kinds() == ("global",) else config.layer_kinds,
+      query_scale=None if config.attention_scale == config.head_width**-0.5 else config.query_scale,
+  )
+
+
+def _layers(kind: str, family: Family, hf: Json) -> Json:
+  """Which layers are global, local or without RoPE, and how far the local ones see."""
+  count, window = hf["num_hidden_layers"], hf.get("sliding_window")
+  if kind == "smollm3":
+    every = hf.get("no_rope_layer_interval", 4)
+    turned = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
+    kinds = ["global" if turn else "nope" for turn in turned]
+    if hf.get("use_sliding_window"):
+      raise UserError("smollm3: use_sliding_window is set, and famjax has it without alone")
+  elif kind == "mistral":
+    kinds = ["global" if window is None else "local"] * count
+  elif kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
+    kinds = ["global"] * count
+  elif hf.get("layer_types"):
+    known = {"full_attention": "global", "sliding_attention": "local"}
+    unknown = set(hf["layer_types"]) - set(known)
+    if unknown:
+      raise UserError(f"{kind}: a layer of type {sorted(unknown)[0]!r} is not one that famjax has")
+    kinds = [known[name] for name in hf["layer_types"]]
+  elif kind in ("qwen2", "qwen3"):
+    first = hf.get("max_window_layers", 28)
+    kinds = ["local" if layer >= first else "global" for layer in range(count)]
+  else:
+    every = hf.get("sliding_window_pattern", family.every)
+    kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
+  if set(kinds) == {"global"}:
+    return {}
+  local = {"local_window": window} if "local" in kinds else {}
+  return {"layer_kinds": tuple(kinds), **local}
+
+
+def _rope(kind: str, hf: Json) -> Json:
+  """RoPE's base and scaling; transformers 5 keeps them in `rope_parameters`, 4 in several places."""
+  given = hf.get("rope_parameters") or {}
+  options = {}
+  if kind == "gemma3_text":
+    local = given.get("sliding_attention", {})
+    options["local_rope_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
+    given = given.get("full_attention", given)
+  given = {**(hf.get("rope_scaling") or {}), **given}
+  options["rope_theta"] = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
+  match given.get("rope_type", given.get("type", "default")):
+    case "default":
+      return options
+    case "linear":
+      return options | {"rope_factor": given["factor"]}
+    case "llama3":
+      return options | {
+          "rope_factor": given["factor"],
+          "rope_stretch": (
+              given["low_freq_factor"],
+              given["high_freq_factor"],
+              given["original_max_position_embeddings"],
+          ),
+      }
+    case other:
+      raise UserError(f"{kind}: RoPE of type {other!r} is not one that famjax has")
+
+
+def _known() -> str:
+  return f"there is {', '.join(FAMILIES)}"

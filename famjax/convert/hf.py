@@ -1,0 +1,277 @@
+"""Reads and writes a directory of the Hugging Face hub: `config.json` and safetensors.
+
+A memory that a model was given stands beside them in `famjax.json` and `famjax.safetensors`, which
+transformers does not look at. Tensors are read one by one into the stacked arrays of `Decoder`, so
+that no more than the model and one tensor stands in memory.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+from famjax.convert.families import Json, from_hf, to_hf
+from famjax.errors import UserError
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.decoder import Decoder
+
+Params = dict[str, Any]
+
+_TENSORS = {  # our path, and the tensor's name
+    "embedder/embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+_LAYER_TENSORS = {  # after "model.layers.{l}."
+    "attention/query/kernel": "self_attn.q_proj.weight",
+    "attention/key/kernel": "self_attn.k_proj.weight",
+    "attention/value/kernel": "self_attn.v_proj.weight",
+    "attention/out/kernel": "self_attn.o_proj.weight",
+    "attention/query/bias": "self_attn.q_proj.bias",
+    "attention/key/bias": "self_attn.k_proj.bias",
+    "attention/value/bias": "self_attn.v_proj.bias",
+    "attention/query_norm/scale": "self_attn.q_norm.weight",
+    "attention/key_norm/scale": "self_attn.k_norm.weight",
+    "feedforward/gate/kernel": "mlp.gate_proj.weight",
+    "feedforward/up/kernel": "mlp.up_proj.weight",
+    "feedforward/down/kernel": "mlp.down_proj.weight",
+    "attention_norm/scale": "input_layernorm.weight",
+    "attention_post_norm/scale": "post_attention_layernorm.weight",
+    "feedforward_norm/scale": "pre_feedforward_layernorm.weight",
+    "feedforward_post_norm/scale": "post_feedforward_layernorm.weight",
+}
+# A model with norms before alone calls the one before its feed-forward after what it stands behind.
+_NORM_BEFORE = {"feedforward_norm/scale": "post_attention_layernorm.weight"}
+_FAM = ("fam_prompt", "fam_prefix")
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+_SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+_MEMORY, _MEMORY_WEIGHTS = "famjax.json", "famjax.safetensors"
+_BLOCK, _CONTEXT = 512, 8192  # tokens, of an ordinary decoder that comes without a memory
+
+
+def is_hf(path: pathlib.Path) -> bool:
+  """Whether a directory is a Hugging Face model's."""
+  return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+
+
+def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, ModelConfig]:
+  """Reads a model.
+
+  Args:
+    path: a directory with `config.json` and safetensors, in one file or in several.
+    param_dtype: "float32" or "bfloat16"; None: the one that the embedding is stored in.
+
+  Returns:
+    Parameters of a `Decoder`, as nested dicts, and its configuration. Its memory is the one that
+    `write` left there, or else "full" attention, with room for 8,192 tokens at most.
+
+  Raises:
+    UserError: no such family, or a tensor is missing, unknown, or of another shape.
+  """
+  hf = read_json(path / "config.json")
+  config = from_hf(hf)
+  with _Tensors(path) as tensors:
+    if param_dtype is None:
+      param_dtype = tensors.dtype(_TENSORS["embedder/embedding"])
+    config = dataclasses.replace(
+        config, memory=_memory(path, hf), param_dtype=param_dtype, compute_dtype=param_dtype
+    )
+    leaves, unused = {}, set(tensors.names)
+    for name, shape in _leaves(config).items():
+      leaf = _aligned(shape, param_dtype)
+      for tensor, place in _places(name, config):
+        into = leaf if place is None else leaf[place]
+        into[...] = _from_torch(name, tensors.read(tensor), into.shape, tensor)
+        unused.discard(tensor)
+      leaves[name] = jax.device_put(leaf, may_alias=True)  # a CPU takes the array as it is
+    if config.tie_embeddings:  # some directories hold it all the same
+      unused.discard(_TENSORS["head/kernel"])
+    unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))
+    if unused:
+      raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
+  if (path / _MEMORY_WEIGHTS).is_file():
+    leaves |= {name: jnp.asarray(leaf) for name, leaf in load_file(path / _MEMORY_WEIGHTS).items()}
+  return _nested(leaves), config
+
+
+def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | None = None) -> None:
+  """Writes a model that transformers loads.
+
+  Args:
+    path: a directory, which is made.
+    params: of a `Decoder`.
+    config: of the model.
+    like: the `config.json` that the model came from, whose other entries are kept.
+
+  Raises:
+    UserError: no family has all options of the model.
+  """
+  leaves = {name: leaf for name, leaf in _flat(params).items() if name not in _FAM}
+  symbols = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not the family's usual
+  hf = symbols | (like or {}) | to_hf(config)
+  hf |= {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
+  path.mkdir(parents=True, exist_ok=True)
+  shards, sizes = [[]], [0]
+  for name, leaf in leaves.items():
+    for tensor, place in _places(name, config):
+      size = leaf.nbytes if place is None else leaf[place].nbytes
+      if sizes[-1] and sizes[-1] + size > _SHARD_BYTES:
+        shards, sizes = [*shards, []], [*sizes, 0]
+      shards[-1].append((tensor, name, place))
+      sizes[-1] += size
+  index = {}
+  for number, shard in enumerate(shards, 1):
+    file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    file = file if len(shards) > 1 else "model.safetensors"
+    part = {tensor: _to_torch(name, leaves[name], place) for tensor, name, place in shard}
+    save_file(part, path / file, metadata={"format": "pt"})
+    index |= {tensor: file for tensor in part}
+  if len(shards) > 1:
+    whole = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
+    (path / _INDEX).write_text(json.dumps(whole, indent=2) + "\n")
+  (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+  if config.memory.kind != "full":
+    (path / _MEMORY).write_text(json.dumps(dataclasses.asdict(config.memory), indent=2) + "\n")
+  own = {name: np.asarray(params[name]) for name in _FAM if name in params}
+  if own:
+    save_file(own, path / _MEMORY_WEIGHTS)
+
+
+class _Tensors(contextlib.ExitStack):
+  """The tensors of a directory, wherever they are."""
+
+  def __init__(self, path: pathlib.Path):
+    super().__init__()
+    if (path / _INDEX).is_file():
+      self._file_of = read_json(path / _INDEX)["weight_map"]
+    elif (path / "model.safetensors").is_file():
+      self._file_of = None
+    else:
+      raise UserError(f"{path} has no model.safetensors: convert its weights to safetensors first")
+    files = sorted(set(self._file_of.values())) if self._file_of else ["model.safetensors"]
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+      raise UserError(f"{path} lacks {missing[0]}, which its index names: fetch it again")
+    try:
+      self._open = {
+          file: self.enter_context(safetensors.safe_open(path / file, framework="numpy")) for file in files
+      }
+    except Exception as error:  # a cut file
+      raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
+    if self._file_of is None:
+      self._file_of = {name: files[0] for name in self._open[files[0]].keys()}
+    self.names = list(self._file_of)
+    self._path = path
+
+  def dtype(self, name: str) -> str:
+    """"float32" or "bfloat16"."""
+    stored = self._at(name).get_slice(name).get_dtype()
+    if stored not in _DTYPES:
+      raise UserError(f"{self._path} stores {name} as {stored}; there is {', '.join(_DTYPES)}")
+    return _DTYPES[stored]
+
+  def read(self, name: str) -> np.ndarray:
+    return self._at(name).get_tensor(name)
+
+  def _at(self, name):
+    if name not in self._file_of:
+      raise UserError(f"{self._path} lacks the tensor {name}")
+    return self._open[self._file_of[name]]
+
+
+def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shapes of all parameters, by path."""
+  _, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  leaves = _flat(nnx.to_pure_dict(params))
+  return {name: leaf.shape for name, leaf in leaves.items() if name not in _FAM}
+
+
+def _places(name: str, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
+  """The tensors that a parameter is made of, and which of its layers each is; None: all of it."""
+  if not name.startswith("layers/"):
+    yield _TENSORS[name], None
+    return
+  names = _LAYER_TENSORS | (_NORM_BEFORE if config.norm_place == "before" else {})
+  for layer in range(config.num_layers):
+    yield f"model.layers.{layer}.{names[name.removeprefix('layers/')]}", layer
+
+
+def _from_torch(name: str, tensor: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+  """torch keeps `[out, in]`, and we keep `[in..., out...]`."""
+  ours = tensor.T if name.endswith("kernel") else tensor
+  if ours.size != np.prod(shape) or (ours.ndim == 2 and not _fits(name, ours.shape, shape)):
+    raise UserError(f"{where} has shape {list(tensor.shape)}, and its config.json asks for {shape}")
+  return ours.reshape(shape)
+
+
+def _fits(name: str, matrix: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+  """Whether a matrix of `matrix` is an array of `shape` with axes joined."""
+  return matrix == (_joined(name, shape) if name.endswith("kernel") else shape)
+
+
+def _joined(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+  """`[in..., out...]` as `[in, out]`."""
+  if name.split("/")[-2] in ("out", "down"):
+    return int(np.prod(shape[:-1])), shape[-1]
+  return shape[0], int(np.prod(shape[1:]))
+
+
+def _to_torch(name: str, leaf: jax.Array, place: int | None) -> np.ndarray:
+  """Undoes `_from_torch`; q/k norms over the whole width are one axis there."""
+  ours = np.asarray(leaf if place is None else leaf[place])
+  if name.endswith("kernel"):
+    return np.ascontiguousarray(ours.reshape(_joined(name, ours.shape)).T)
+  return np.ascontiguousarray(ours if name == "embedder/embedding" else ours.reshape(-1))
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+  """An empty array that jax can take as it is on a CPU, at a multiple of 64 bytes."""
+  dtype = jnp.dtype(dtype)
+  raw = np.empty(int(np.prod(shape)) * dtype.itemsize + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + raw.size - 64].view(dtype).reshape(shape)
+
+
+def _memory(path: pathlib.Path, hf: Json) -> MemoryConfig:
+  if (path / _MEMORY).is_file():
+    return MemoryConfig(**read_json(path / _MEMORY))
+  context = min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT)
+  return MemoryConfig("full", _BLOCK, memory_segments=-(-context // _BLOCK) - 1)
+
+
+def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def _nested(flat: dict[str, Any]) -> Params:
+  tree = {}
+  for path, value in flat.items():
+    *parents, last = path.split("/")
+    node = tree
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[last] = value
+  return tree
+
+
+def read_json(path: pathlib.Path) -> Json:
+  """A file's JSON. Raises UserError if it cannot be read."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}): fetch it again") from error

@@ -1,0 +1,89 @@
+"""The tokenizer of a Hugging Face directory as a vocabulary."""
+
+from collections.abc import Iterable
+import json
+import pathlib
+from typing import Any
+
+from famjax.errors import UserError
+
+# Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
+FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json", "added_tokens.json",
+)  # fmt: skip
+
+
+class TokenizerVocabulary:
+  """What a directory's `tokenizer.json` makes of text; without the symbols that begin a text.
+
+  Attributes:
+    vocab_size: ids of the tokenizer; a model often has a few more, which mean nothing.
+    eos_id: the first of `stop_ids`.
+    stop_ids: every id that the directory says a text ends with.
+    begin_ids: what the tokenizer puts before a text that begins.
+    pad_id: of padding.
+  """
+
+  unk_id = None
+
+  def __init__(self, directory: str):
+    """Reads a tokenizer.
+
+    Args:
+      directory: with `tokenizer.json`, and `config.json` or `generation_config.json`.
+
+    Raises:
+      UserError: there is none, it cannot be read, or no end symbol is named.
+    """
+    self.path = str(directory)
+    path = pathlib.Path(directory)
+    try:
+      import tokenizers  # pylint: disable=g-import-not-at-top  (only these models need it)
+
+      self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except ModuleNotFoundError as error:
+      raise UserError(f"vocabulary {directory}: needs the package tokenizers; install it") from error
+    except Exception as error:  # tokenizers raises Exception itself
+      raise UserError(
+          f"vocabulary {directory}: its tokenizer.json cannot be read ({error}); name a directory of"
+          " the Hugging Face hub, with its tokenizer"
+      ) from error
+    about = _json(path / "config.json") | _json(path / "generation_config.json")
+    self.vocab_size = self._tokenizer.get_vocab_size()
+    self.stop_ids = self._stop_ids(about, _json(path / "tokenizer_config.json"))
+    if not self.stop_ids:
+      raise UserError(f"vocabulary {directory}: no eos_token_id is named; add it to config.json")
+    self.eos_id = self.stop_ids[0]
+    pad = about.get("pad_token_id")
+    self.pad_id = self.eos_id if pad is None else pad
+    self.begin_ids = self._tokenizer.encode("", add_special_tokens=True).ids
+    while self.begin_ids and self.begin_ids[-1] in self.stop_ids:  # what it puts after a text
+      self.begin_ids = self.begin_ids[:-1]
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text; names of special tokens in it become these."""
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids; special tokens, and ids that the tokenizer has not, give nothing."""
+    return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+  def _stop_ids(self, about: dict[str, Any], tokenizer: dict[str, Any]) -> tuple[int, ...]:
+    ids = about.get("eos_token_id")
+    if ids is None:
+      token = tokenizer.get("eos_token")
+      token = token.get("content") if isinstance(token, dict) else token
+      ids = self._tokenizer.token_to_id(token) if token else None
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  """A file's JSON without what is null; {} if it is not there."""
+  if not path.is_file():
+    return {}
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
+  return {name: value for name, value in found.items() if value is not None}

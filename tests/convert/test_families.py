@@ -1,0 +1,86 @@
+"""Families: `config.json` in transformers' words and ours, and what famjax has no words for."""
+
+import dataclasses
+import json
+
+import pytest
+
+from famjax.convert.families import FAMILIES, from_hf, to_hf
+from famjax.errors import UserError
+from famjax.model.config import ModelConfig
+from tests.convert import tiny
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
+}  # fmt: skip
+SCALING = {
+    "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_there_and_back(kind):
+  config = from_hf(tiny.config(kind))
+  hf = to_hf(config)
+  assert hf["model_type"] == kind and hf["architectures"] == [FAMILIES[kind].architecture]
+  assert from_hf(json.loads(json.dumps(hf))) == config
+
+
+def test_llama_3_2_as_it_is_published():
+  """1B, as transformers 4 wrote it, and as 5 does."""
+  config = from_hf(LLAMA | {"rope_theta": 500000.0, "rope_scaling": SCALING})
+  assert config == ModelConfig(
+      vocab_size=128256, num_layers=16, model_dim=2048, num_heads=32, num_kv_heads=8, ff_dim=8192,
+      norm_eps=1e-5, rope_theta=5e5, rope_factor=32.0, rope_stretch=(1.0, 4.0, 8192),
+  )  # fmt: skip
+  assert config == from_hf(LLAMA | {"rope_parameters": SCALING | {"rope_theta": 500000.0}})
+
+
+def test_what_config_json_leaves_out():
+  """Usual values of a family that a short config.json does not name."""
+  small = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8}
+  small |= {"num_hidden_layers": 12, "num_key_value_heads": 1}
+  gemma3 = from_hf(small | {"model_type": "gemma3_text", "sliding_window": 512})
+  assert gemma3.layer_kinds == (("local",) * 5 + ("global",)) * 2 and gemma3.local_window == 512
+  assert (gemma3.rope_theta, gemma3.local_rope_theta) == (1e6, 1e4) and gemma3.tie_embeddings
+  gemma2 = from_hf(small | {"model_type": "gemma2"})
+  assert gemma2.layer_kinds == ("local", "global") * 6 and gemma2.local_window == 4096
+  assert (gemma2.attention_cap, gemma2.logit_cap, gemma2.attention_scale) == (50.0, 30.0, 1 / 16)
+  smollm3 = from_hf(small | {"model_type": "smollm3"})
+  assert smollm3.layer_kinds == ("global", "global", "global", "nope") * 3
+  assert from_hf(small | {"model_type": "mistral"}).layer_kinds == ("local",) * 12
+  assert from_hf(small | {"model_type": "mistral", "sliding_window": None}).layer_kinds is None
+  qwen = small | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 9}
+  assert from_hf(qwen | {"sliding_window": 8}).layer_kinds == ("global",) * 9 + ("local",) * 3
+  assert from_hf(qwen | {"use_sliding_window": False}).layer_kinds is None
+  gelu = small | {"model_type": "gemma", "hidden_act": "gelu"}  # as Gemma 1 was published
+  assert from_hf(gelu).activation == "gelu"
+
+
+def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
+  config = ModelConfig(vocab_size=32, model_dim=16, num_heads=2, num_kv_heads=1)
+  assert to_hf(config)["model_type"] == "llama"
+  local = dataclasses.replace(config, layer_kinds=("local",) * 4, local_window=7)
+  assert to_hf(local)["model_type"] == "mistral"
+  with pytest.raises(UserError, match="no Hugging Face family has all options of this model"):
+    to_hf(dataclasses.replace(config, norm="layer"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder.*llama"),
+        ({"model_type": "gpt2"}, "of type 'gpt2' cannot be converted; there is llama"),
+        ({"attention_bias": True}, "llama: attention_bias is True, and famjax has False alone"),
+        ({"hidden_act": "relu"}, "llama: the activation 'relu' is not one that famjax has for it"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE of type 'yarn' is not one"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, "'chunked'"),
+        ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window is set"),
+    ],
+)
+def test_what_cannot_be_converted(changes, message):
+  with pytest.raises(UserError, match=message):
+    from_hf(LLAMA | changes)
