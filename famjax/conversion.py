@@ -7,6 +7,7 @@ import shutil
 from famjax.convert import hf
 from famjax.data import tokenizers
 from famjax.errors import UserError
+from famjax.model import lora
 from famjax.training import checkpoint
 
 _TOKENIZER = "tokenizer"  # directory of its files, beside the checkpoints
@@ -30,7 +31,7 @@ def convert(arguments: argparse.Namespace) -> int:
     loaded = checkpoint.load_params(src)
     origin = pathlib.Path(loaded.vocabulary)
     like = hf.read_json(origin / "config.json") if (origin / "config.json").is_file() else None
-    hf.write(dst, loaded.params, loaded.model, like)
+    hf.write(dst, *lora.merge(loaded.params, loaded.model), like)
     _copy_tokenizer(origin, dst)
   count = sum(leaf.size for leaf in _leaves(loaded.params))
   print(f"{count:,} parameters of {loaded.model.param_dtype} written to {dst}")

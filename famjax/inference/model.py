@@ -25,6 +25,7 @@ from famjax.errors import UserError
 from famjax.inference.engine import Engine, Progress, Reading
 from famjax.inference.generation import Generation, Request, Stream
 from famjax.inference.sampling import Sampling
+from famjax.model import lora
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
@@ -352,7 +353,7 @@ def assemble(
     loaded: Loaded, memory: MemoryConfig | None = None, *, fam_prompt: jax.Array | None = None
 ) -> Model:
   """Makes a model of what was loaded; args and errors are those of `load`."""
-  params, config = loaded.params, loaded.model
+  params, config = lora.merge(loaded.params, loaded.model)
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
   graphdef, fresh = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))

@@ -6,9 +6,15 @@ width, `H` query heads, `K` key/value heads, `d` head width, `V` vocabulary.
 
 import dataclasses
 import math
+import re
 
 from famjax.errors import UserError
 
+# The matrices of a layer, as `lora_targets` name them.
+PROJECTIONS = (
+    "attention/query", "attention/key", "attention/value", "attention/out", "feedforward/gate",
+    "feedforward/up", "feedforward/down",
+)  # fmt: skip
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 
@@ -121,8 +127,12 @@ class ModelConfig:
       with RoPE of `local_rope_theta`, unscaled; or "nope", without RoPE. None: all are global.
     local_window: of local layers, on top of what their memory lets them see.
     local_rope_theta: of local layers; None: `rope_theta`.
+    lora_rank: every matrix that `lora_targets` name gets a product of this rank added to it, whose
+      two factors are parameters of their own (LoRA); 0: none.
+    lora_alpha: the product is multiplied by lora_alpha / lora_rank; None: by 1.
+    lora_targets: patterns, each of which some of `PROJECTIONS` must hold.
     compute_dtype: "float32" or "bfloat16", of activations and matrix products.
-    param_dtype: dtype of the parameters.
+    param_dtype: dtype of the parameters, but for LoRA's and the FAM's, which are float32.
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
     memory: which past a block can see.
   """
@@ -151,13 +161,16 @@ class ModelConfig:
   layer_kinds: tuple[str, ...] | None = None
   local_window: int | None = None
   local_rope_theta: float | None = None
+  lora_rank: int = 0
+  lora_alpha: float | None = None
+  lora_targets: tuple[str, ...] = ("attention", "feedforward")
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
   memory: MemoryConfig = MemoryConfig()
 
   def __post_init__(self):
-    for name in ("rope_stretch", "layer_kinds"):  # JSON and gin give lists
+    for name in ("rope_stretch", "layer_kinds", "lora_targets"):  # JSON and gin give lists
       if getattr(self, name) is not None:
         object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -180,6 +193,15 @@ class ModelConfig:
   def attention_scale(self) -> float:
     """What scores are multiplied by."""
     return self.head_width**-0.5 if self.query_scale is None else self.query_scale
+
+  @property
+  def lora_scale(self) -> float:
+    """What LoRA's products are multiplied by."""
+    return self.lora_alpha / self.lora_rank if self.lora_alpha and self.lora_rank else 1.0
+
+  def lora_rank_of(self, projection: str) -> int:
+    """LoRA's rank in one of `PROJECTIONS`; 0: it has none."""
+    return self.lora_rank if any(re.search(p, projection) for p in self.lora_targets) else 0
 
   def kinds(self) -> tuple[str, ...]:
     """The kinds of layers that there are; `of_kind` says what each is."""
@@ -210,7 +232,7 @@ class ModelConfig:
       _at_least(name, getattr(self, name), 1)
     for name in (
         "rope_theta", "rope_factor", "norm_eps", "query_scale", "attention_cap", "logit_cap",
-        "local_rope_theta",
+        "local_rope_theta", "lora_alpha",
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
@@ -231,6 +253,12 @@ class ModelConfig:
     _one_of("qk_norm", self.qk_norm, (None, "head", "width"))
     _one_of("activation", self.activation, ("silu", "gelu"))
     self._validate_kinds()
+    _at_least("lora_rank", self.lora_rank, 0)
+    for pattern in self.lora_targets if self.lora_rank else ():
+      if not any(re.search(pattern, name) for name in PROJECTIONS):
+        raise UserError(
+            f"lora_targets: {pattern!r} is in no name of a matrix; there is {', '.join(PROJECTIONS)}"
+        )
     _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
     _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, REMAT_POLICIES)
@@ -240,7 +268,9 @@ class ModelConfig:
     if self.rope_stretch is not None:
       low, high, context = self.rope_stretch
       if not 0 < low < high or context <= 0:
-        raise UserError(f"rope_stretch is {self.rope_stretch}; it must be (low, high, context), low < high")
+        raise UserError(
+            f"rope_stretch is {self.rope_stretch}; it must be (low, high, context), low < high"
+        )
     if self.layer_kinds is None:
       return
     for kind in self.layer_kinds:

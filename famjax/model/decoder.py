@@ -119,12 +119,12 @@ class Decoder(nnx.Module):
       )  # fmt: skip
     if F and config.memory.fam_init == "prompt":
       drawn = jax.random.randint(rngs.params(), (F,), 0, V)  # starts from random tokens' embeddings
-      self.fam_prompt = nnx.Param(self.embedder.embedding[...][drawn], axes=("fam", "embed"))
+      prompt = self.embedder.embedding[...][drawn].astype(jnp.float32)
+      self.fam_prompt = nnx.Param(prompt, axes=("fam", "embed"))
     elif F:
       drawn = jax.random.randint(rngs.params(), (L, F), 0, V)
-      self.fam_prefix = nnx.Param(
-          self.embedder.embedding[...][drawn], axes=("layers", "fam", "embed")
-      )
+      prefix = self.embedder.embedding[...][drawn].astype(jnp.float32)
+      self.fam_prefix = nnx.Param(prefix, axes=("layers", "fam", "embed"))
 
   def __call__(
       self,
@@ -237,9 +237,9 @@ class Decoder(nnx.Module):
     return layout.pick(x, S), settle(new) if state.recent is None else new
 
   def _over_layers(self, body, carry, prefix, remembered):
-    """`jax.lax.scan` over stacked layers, or a loop over unstacked ones; `body` of each one's kind."""
-    kinds = self.config.kinds()
-    kind_of = [kinds.index(kind) for kind in self.config.layer_kinds or kinds * self.config.num_layers]
+    """`jax.lax.scan` over stacked layers, or a loop over unstacked ones: `body` of its kind each."""
+    config, kinds = self.config, self.config.kinds()
+    kind_of = [kinds.index(kind) for kind in config.layer_kinds or kinds * config.num_layers]
     if not self.is_unstacked:
       graphdef, weights = nnx.split(self.layers)
 
@@ -255,7 +255,7 @@ class Decoder(nnx.Module):
         return jax.lax.switch(kind, bodies, carry, *given)
 
       inputs = jnp.array(kind_of), weights, prefix, remembered
-      return jax.lax.scan(remat(step, self.config.remat), carry, inputs)
+      return jax.lax.scan(remat(step, config.remat), carry, inputs)
     after = []
     for l, layer in enumerate(self.layers):
       mine = LayerMemory(*(None if field is None else field[l] for field in remembered))

@@ -45,7 +45,14 @@ class Norm(nnx.Module):
 
 
 class Projection(nnx.Module):
-  """A matrix product written as an einsum; its weights are cast to the dtype of the input."""
+  """A matrix product written as an einsum; its weights are cast to the dtype of the input.
+
+  Attributes:
+    kernel: `[in..., out...]`.
+    bias: `[out...]`, where there is one.
+    lora_a, lora_b: float32 `[in..., r]` and `[r, out...]`, where LoRA adds their product, times
+      `lora_scale`, to the kernel. The product of a new pair is 0.
+  """
 
   def __init__(
       self,
@@ -57,18 +64,44 @@ class Projection(nnx.Module):
       param_dtype: str,
       rngs: nnx.Rngs,
       bias: bool = False,
+      lora_rank: int = 0,
+      lora_scale: float = 1.0,
   ):
-    """Makes a kernel of `shape`, and a bias of its axes after the first ("embed") if it has one."""
+    """Makes a kernel of `shape`; a bias, if it has one, is of the axes after the first."""
     self.equation = equation
     kernel = jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
     kernel = kernel * (fan_in**-0.5 / 0.87962566)  # the cut at 2 leaves a deviation of 0.88
     self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
     if bias:
       self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype), axes=axes[1:])
+    if lora_rank:
+      self.lora_scale = lora_scale
+      inputs = len(shape) - len(equation.rpartition("...")[2])  # axes that are summed over
+      a = jax.random.normal(rngs.params(), (*shape[:inputs], lora_rank)) * fan_in**-0.5
+      self.lora_a = nnx.Param(a, axes=(*axes[:inputs], "lora"))
+      b = jnp.zeros((lora_rank, *shape[inputs:]), jnp.float32)
+      self.lora_b = nnx.Param(b, axes=("lora", *axes[inputs:]))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    if hasattr(self, "lora_a"):
+      inputs, _, outputs = self.equation.replace("...", "").replace("->", ",").split(",")
+      low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, self.lora_a[...].astype(x.dtype))
+      b = (self.lora_b[...] * self.lora_scale).astype(x.dtype)
+      y += jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+def _projections(config: ModelConfig, room: str, rngs: nnx.Rngs):
+  """A function that makes the projection of a name in `room`."""
+
+  def make(name, equation, shape, axes, fan_in, **options):
+    return Projection(
+        equation, shape, axes, fan_in=fan_in, param_dtype=config.param_dtype, rngs=rngs,
+        lora_rank=config.lora_rank_of(f"{room}/{name}"), lora_scale=config.lora_scale, **options,
+    )  # fmt: skip
+
+  return make
 
 
 class Attention(nnx.Module):
@@ -76,14 +109,14 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, H, K, d = config.model_dim, config.num_heads, config.kv_heads, config.head_width
-    options = dict(param_dtype=config.param_dtype, rngs=rngs)
-    inner = options | dict(fan_in=D, bias=config.qkv_bias)
-    self.query = Projection("...D,DHd->...Hd", (D, H, d), ("embed", "heads", "head"), **inner)
-    self.key = Projection("...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), **inner)
-    self.value = Projection("...D,DKd->...Kd", (D, K, d), ("embed", "kv_heads", "head"), **inner)
-    self.out = Projection(
-        "...Hd,HdD->...D", (H, d, D), ("heads", "head", "embed"), fan_in=H * d, **options
+    make, bias = _projections(config, "attention", rngs), config.qkv_bias
+    kv = (D, K, d), ("embed", "kv_heads", "head"), D
+    self.query = make(
+        "query", "...D,DHd->...Hd", (D, H, d), ("embed", "heads", "head"), D, bias=bias
     )
+    self.key = make("key", "...D,DKd->...Kd", *kv, bias=bias)
+    self.value = make("value", "...D,DKd->...Kd", *kv, bias=bias)
+    self.out = make("out", "...Hd,HdD->...D", (H, d, D), ("heads", "head", "embed"), H * d)
     if config.qk_norm == "head":
       self.query_norm = Norm(config, (d,), ("head",))
       self.key_norm = Norm(config, (d,), ("head",))
@@ -111,11 +144,11 @@ class FeedForward(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, ff = config.model_dim, config.hidden_width
-    options = dict(param_dtype=config.param_dtype, rngs=rngs)
     self.activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[config.activation]
-    self.gate = Projection("...D,Df->...f", (D, ff), ("embed", "mlp"), fan_in=D, **options)
-    self.up = Projection("...D,Df->...f", (D, ff), ("embed", "mlp"), fan_in=D, **options)
-    self.down = Projection("...f,fD->...D", (ff, D), ("mlp", "embed"), fan_in=ff, **options)
+    make = _projections(config, "feedforward", rngs)
+    self.gate = make("gate", "...D,Df->...f", (D, ff), ("embed", "mlp"), D)
+    self.up = make("up", "...D,Df->...f", (D, ff), ("embed", "mlp"), D)
+    self.down = make("down", "...f,fD->...D", (ff, D), ("mlp", "embed"), ff)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -2,10 +2,13 @@
 
 A run keeps its checkpoints in `<RUN_DIR>/checkpoints/<steps done>/`:
 
-    params      the parameters, which is all that inference reads
+    params      the parameters that are trained
     training    the rest of the `TrainState`: optimizer, step, RNG, carried state, kept FAM
     reader      the position of the data reader
-    metadata    JSON: the model's configuration and the vocabulary's name
+    metadata    JSON: the model's configuration, the vocabulary's name, which parameters are trained
+
+The other parameters, if not all are trained, stand once in `<RUN_DIR>/base/`: all that inference reads
+is `params` and these.
 
 Orbax writes a step beside its final place, moves it there, and puts a marker in it. A step without
 the marker, or one that cannot be read back, is not whole: it is passed over, and the newest whole
@@ -31,6 +34,7 @@ from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.training.train_state import Params, TrainState, split
+from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
 _FAM = ("fam_prompt", "fam_prefix")
@@ -42,10 +46,12 @@ class About(NamedTuple):
   Attributes:
     model: configuration of the model.
     vocabulary: name of the vocabulary, as `famjax.data.load_vocabulary` takes it.
+    trainable: which parameters are in the checkpoint itself, see `trainable`.
   """
 
   model: ModelConfig
   vocabulary: str
+  trainable: str = "full"
 
 
 class Restored(NamedTuple):
@@ -101,7 +107,7 @@ class Checkpoints:
         step,
         {
             "params": state.params,
-            "training": without_empty(state.replace(params=None)),
+            "training": without_empty(state.replace(params=None, frozen=None)),
             "reader": {"position": np.asarray(position)},
         },
         force=True,
@@ -142,9 +148,10 @@ class Checkpoints:
         check_vocabulary(path, saved.vocabulary, about.vocabulary)
         loaded = load_items(path, {
             "params": template.params,
-            "training": without_empty(template.replace(params=None)),
+            "training": without_empty(template.replace(params=None, frozen=None)),
             "reader": {"position": np.asarray(position)},
         })  # fmt: skip
+        frozen = _load_base(self.directory.parent, template.frozen)
       except UserError:
         raise
       except Exception as error:  # pylint: disable=broad-exception-caught
@@ -154,7 +161,8 @@ class Checkpoints:
       for broken in skipped:
         broken.rename(_free_name(broken))
       self._newest = step
-      state = with_empty(template, loaded["training"].replace(params=loaded["params"]))
+      state = loaded["training"].replace(params=loaded["params"], frozen=frozen)
+      state = with_empty(template, state)
       return Restored(state, loaded["reader"]["position"], list(skipped.values()))
     if skipped:
       raise UserError(
@@ -171,7 +179,29 @@ def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
 
 
 def _metadata(about: About) -> dict[str, Any]:
-  return {"model": dataclasses.asdict(about.model), "vocabulary": about.vocabulary}
+  return about._asdict() | {"model": dataclasses.asdict(about.model)}
+
+
+def save_base(run_dir: pathlib.Path, frozen: Params) -> None:
+  """Leaves the parameters that a run does not train in its directory, once."""
+  directory = run_dir.absolute() / "base"
+  if frozen and not (directory / "0" / _MARKER).is_file():
+    with quiet(), ocp.training.Checkpointer(directory) as checkpointer:
+      checkpointer.save_checkpointables(0, {"params": frozen})
+
+
+def _load_base(run_dir: pathlib.Path, template: Params) -> Params:
+  """Reads them, shaped and placed like `template`."""
+  if not template:
+    return {}
+  base = run_dir / "base" / "0"
+  try:
+    return load_items(base, {"params": template})["params"]
+  except Exception as error:
+    raise UserError(
+        f"{base} cannot be read ({reason(error)}), and it holds the parameters that the run does not"
+        " train: put it back"
+    ) from error
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
@@ -198,7 +228,8 @@ def read_about(path: pathlib.Path) -> About:
           f"checkpoint {path} was written by another version of famjax: it has the option"
           f" {sorted(unknown)[0]}, which this one does not know; use that version"
       )
-  return About(ModelConfig(memory=MemoryConfig(**memory), **model), data["vocabulary"])
+  model = ModelConfig(memory=MemoryConfig(**memory), **model)
+  return About(model, data["vocabulary"], data.get("trainable", "full"))
 
 
 class Loaded(NamedTuple):
@@ -240,7 +271,9 @@ def load_params(path: str | pathlib.Path) -> Loaded:
     try:
       about = read_about(directory / str(step))
       abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
-      params = load_items(directory / str(step), {"params": abstract})["params"]
+      trained, frozen = part(abstract, about.trainable)
+      params = load_items(directory / str(step), {"params": trained})["params"]
+      params = join(params, _load_base(directory.parent, frozen))
       return Loaded(params, about.model, about.vocabulary, step)
     except UserError:
       raise
@@ -250,7 +283,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
 
 
-def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
+def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) -> Params:
   """Fresh parameters with the loaded ones of the same model in their places.
 
   A FAM that the checkpoint lacks, or has with another shape (`new_fam`), starts as in the paper
@@ -260,6 +293,7 @@ def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
     fresh: of the new model.
     loaded: from `load_params`; the two models differ in their memory at most, see `check_model`.
     seed: of the draw.
+    lora: LoRA's factors, which the checkpoint lacks.
   """
   embedding = loaded["embedder"]["embedding"]
   adopted = {name: value for name, value in loaded.items() if name not in _FAM}
@@ -270,6 +304,7 @@ def adopt(fresh: Params, loaded: Params, seed: int) -> Params:
       places = fresh[name].shape[:-1]
       drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
       adopted[name] = embedding[drawn]
+  adopted = join(adopted, lora or {})
   return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
 
 

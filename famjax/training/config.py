@@ -16,6 +16,9 @@ class TrainConfig:
     follow_rows: each row of the batch goes on, from step to step, in the document that its reader
       follows: FAM and memory segments are carried, without gradient. Otherwise every row starts
       anew in every step.
+    trainable: the parameters that are trained: "full", "lora" (LoRA's factors and the FAM's own
+      weights), "fam" (those alone: a memory for a frozen model); None: "lora" for a model that has
+      LoRA, "full" for one that has not.
     fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share
       of the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop
       to pull a disturbed memory back, and so to hold it longer. Not in the paper.
@@ -40,6 +43,7 @@ class TrainConfig:
   seed: int = 0
   accumulate: int = 1
   follow_rows: bool = False
+  trainable: str | None = None
   fam_noise: float = 0.0
   fam_noise_from: int = 0
   rsp_probability: float = 0.0

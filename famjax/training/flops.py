@@ -11,7 +11,8 @@ A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
                                           N tokens' attention to them
 
 Training is three times the forward pass: the backward pass makes a gradient for each of the two
-factors of every product. What rematerialisation computes again is not counted, so that a policy
+factors of every product. For products with matrices that are not trained (LoRA) it is twice; LoRA's
+own products are left out. What rematerialisation computes again is not counted, so that a policy
 that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
 left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).
 
@@ -74,13 +75,16 @@ def visible_keys(memory: MemoryConfig, length: int, followed: bool) -> float:
   return float(np.mean(keys if memory.window is None else np.minimum(keys, memory.window)))
 
 
-def flops_per_token(config: ModelConfig, length: int, followed: bool = False) -> FlopsPerToken:
+def flops_per_token(
+    config: ModelConfig, length: int, followed: bool = False, frozen: bool = False
+) -> FlopsPerToken:
   """Training FLOPs per token; see the formula above.
 
   Args:
     config: of the model.
     length: S, tokens of a row in one step.
     followed: rows go on from step to step.
+    frozen: the matrices are not trained: no gradient is made for them, only for their inputs.
   """
   L, D, V, ff = config.num_layers, config.model_dim, config.vocab_size, config.hidden_width
   H, K, d = config.num_heads, config.kv_heads, config.head_width
@@ -93,7 +97,8 @@ def flops_per_token(config: ModelConfig, length: int, followed: bool = False) ->
   ])  # averaged over layers
   matrices = 2 * (L * layer + D * V)
   fam = L / N * (2 * F * layer + attend * F * (N + F) + attend * F * N)
-  return FlopsPerToken(3.0 * matrices, 3.0 * L * attend * float(keys), 3.0 * fam)
+  passes = 2.0 if frozen else 3.0
+  return FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), passes * fam)
 
 
 def utilisation(

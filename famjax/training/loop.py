@@ -17,22 +17,24 @@ import numpy as np
 
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.errors import DivergedError, UserError
+from famjax.model import lora
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
-from famjax.training import parameters, run_directory
+from famjax.training import parameters, run_directory, trainable
 from famjax.training.checkpoint import About, Checkpoints, adopt, check_model, check_vocabulary
-from famjax.training.checkpoint import load_params, new_fam
+from famjax.training.checkpoint import load_params, new_fam, save_base
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import TrainState, init_train_state, split
+from famjax.training.train_state import Params, TrainState, init_train_state, split
 
 
 # What a checkpoint's model may have otherwise when its parameters start another run.
-_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype")
+_LORA = ("lora_rank", "lora_alpha", "lora_targets")
+_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
 
 
 class TrainResult(NamedTuple):
@@ -94,11 +96,18 @@ def train(
   schedule = make_schedule(optimizer, config.train_steps)
   train_step = make_train_step(graphdef, model, config, transformation, schedule)
   eval_step = make_eval_step(graphdef, model, config)
-  flops = flops_per_token(model, train_reader.length, config.follow_rows)
-  about = About(model, vocabulary)
-  begin = lambda params: init_train_state(
-      params, transformation, model, config, train_reader.batch_size
-  )
+  flops = flops_per_token(
+      model, train_reader.length, config.follow_rows,
+      frozen=trainable.choose(config.trainable, model) != "full",
+  )  # fmt: skip
+  chosen = trainable.choose(config.trainable, model)
+  about = About(model, vocabulary, chosen)
+
+  def begin(params):
+    trained, frozen = trainable.part(params, chosen)
+    size = train_reader.batch_size
+    return init_train_state(trained, transformation, model, config, size, frozen)
+
   fresh_params = lambda: split(Decoder(model, rngs=nnx.Rngs(config.seed)))[1]
   fresh = jax.jit(lambda: begin(fresh_params()))
 
@@ -114,7 +123,8 @@ def train(
     check_model(config.init_checkpoint, loaded.model, model, _MAY_DIFFER)
     check_vocabulary(config.init_checkpoint, loaded.vocabulary, vocabulary)
     wanted = jax.eval_shape(fresh_params)
-    state = begin(adopt(wanted, loaded.params, config.seed))
+    params, factors = _as_factors(loaded, model, fresh_params)
+    state = begin(adopt(wanted, params, config.seed, factors))
     position = train_reader.start()
     notes = [f"starting from the parameters of {config.init_checkpoint}, step {loaded.step}"]
     notes += [
@@ -125,10 +135,14 @@ def train(
     state, position = fresh(), train_reader.start()
     notes = [f"starting from random parameters, seed {config.seed}"]
   first_step = int(state.step)
-  table = parameters.table(state.params)
+  table = parameters.table(trainable.join(state.params, state.frozen))
+  if state.frozen:
+    counts = [f"{parameters.count(tree):,}" for tree in (state.params, state.frozen)]
+    notes.append(f"trained: {counts[0]} parameters ({chosen}); {counts[1]} stay as they are")
 
   # --------------------------------------------------------------------------- write what it is
   run_directory.write(run_dir, description, table)
+  save_base(run_dir, state.frozen)
   writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
   if description["gin"]:
     print(run_directory.gin_text(description["gin"]), end="\n\n")
@@ -144,7 +158,8 @@ def train(
     writer.write(step, split_name, values)
 
   def evaluate(step: int) -> None:
-    values = run_evaluation(eval_step, state.params, eval_reader, model, config)
+    params = trainable.join(state.params, state.frozen)
+    values = run_evaluation(eval_step, params, eval_reader, model, config)
     if step > first_step:
       report("eval", step, values)
     last["eval"] = values
@@ -207,6 +222,20 @@ def train(
   return TrainResult(state, last, terminated)
 
 
+def _as_factors(loaded, model: ModelConfig, fresh_params) -> tuple[Params, Params]:
+  """A checkpoint's parameters for a model, and the LoRA factors that these lack.
+
+  A checkpoint with the same LoRA goes on with it; another one's is merged into its matrices.
+  """
+  if any(getattr(loaded.model, name) != getattr(model, name) for name in _LORA):
+    params, _ = lora.merge(loaded.params, loaded.model)
+    if model.lora_rank:
+      factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()
+      return params, {name: tree for name, tree in factors.items() if name not in trainable.FAM}
+    return params, {}
+  return loaded.params, {}
+
+
 def check(
     run_dir: str | os.PathLike[str],
     model: ModelConfig,
@@ -228,6 +257,7 @@ def check(
   for part in (model, optimizer, config):
     part.validate()
   config.check_batch_size(train_reader.batch_size)
+  trainable.choose(config.trainable, model)
   for reader in filter(None, (train_reader, eval_reader)):
     _check_reader(reader, model, config)
   if config.eval_every and eval_reader is None:

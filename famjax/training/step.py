@@ -14,6 +14,7 @@ from famjax.model.state import State, empty_state, restart
 from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, next_token_loss
 from famjax.training.train_state import Params, TrainState
+from famjax.training.trainable import join
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -44,9 +45,9 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`.
   """
 
-  def loss_of_rows(params: Params, rows: tuple[State, jax.Array, Batch]):
+  def loss_of_rows(params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch]):
     memory, start, batch = rows
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, join(params, frozen))
     hidden, after = model.hidden(
         batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"], aligned=True
     )
@@ -58,14 +59,14 @@ def make_train_step(
 
   gradient = jax.grad(loss_of_rows, has_aux=True)
 
-  def whole_batch(params, rows):
+  def whole_batch(params, frozen, rows):
     """Sums of gradients and losses over the batch, row 0's FAM, and where the rows stopped."""
     if config.accumulate == 1:
-      grads, (sums, kept, after) = gradient(params, rows)
+      grads, (sums, kept, after) = gradient(params, frozen, rows)
       return grads, sums, kept, after
 
     def add(total, rows):
-      grads, (sums, kept, after) = gradient(params, rows)
+      grads, (sums, kept, after) = gradient(params, frozen, rows)
       return jax.tree.map(jnp.add, total, (grads, sums)), (kept, after)
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
@@ -75,7 +76,8 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     memory, start = starting_memory(state, batch["start_of_sequence"], model_config, config)
-    grads, sums, (fam, updates), after = whole_batch(state.params, (memory, start, batch))
+    rows = (memory, start, batch)
+    grads, sums, (fam, updates), after = whole_batch(state.params, state.frozen, rows)
     weight = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding has no gradient
     grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)

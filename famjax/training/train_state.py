@@ -21,7 +21,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done.
-    params: nested dict of parameters, named as in `Decoder`.
+    params: nested dict of the parameters that are trained, named as in `Decoder`.
+    frozen: the other ones, see `trainable`; {} if all are trained.
     opt_state: optax's.
     rng: uint32 `[2]`, key data of the run's seed; step `s` draws from `fold_in(rng, s)`, so that it
       never changes.
@@ -33,6 +34,7 @@ class TrainState:
 
   step: jax.Array
   params: Params
+  frozen: Params
   opt_state: optax.OptState
   rng: jax.Array
   carry: State | None
@@ -55,21 +57,24 @@ def init_train_state(
     model_config: ModelConfig,
     config: TrainConfig,
     batch_size: int,
+    frozen: Params | None = None,
 ) -> TrainState:
   """The state before the first step.
 
   Args:
-    params: initial parameters.
+    params: initial parameters, those that are trained.
     optimizer: gives the optimizer's state.
     model_config: gives the shapes of the carried state and of the kept FAM.
     config: `seed`, `follow_rows`, `rsp_probability`.
     batch_size: B, rows of a batch.
+    frozen: the other parameters.
   """
   L, F, D = model_config.num_layers, model_config.memory.length, model_config.model_dim
   passing = config.rsp_probability > 0 and F > 0
   return TrainState(
       step=jnp.int32(0),
       params=params,
+      frozen={} if frozen is None else frozen,
       opt_state=optimizer.init(params),
       rng=jax.random.key_data(jax.random.key(config.seed)),
       carry=empty_state(model_config, batch_size) if config.follow_rows else None,

@@ -1,0 +1,65 @@
+"""LoRA (Hu et al. 2021): products of low rank added to a model's matrices.
+
+`layers.Projection` adds them while it computes; here they go into the matrices, and out again. The
+functions are pure, over nested dicts of parameters named as in `Decoder`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from famjax.model.config import ModelConfig
+
+Params = dict[str, Any]
+NAMES = ("lora_a", "lora_b")
+
+
+def merge(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+  """Adds every product to its matrix, for inference and export.
+
+  Returns:
+    Parameters without LoRA's own, and their configuration; both as they were if there is none.
+  """
+  if not config.lora_rank:
+    return params, config
+  merged = _added(params, params, config.lora_scale)
+  return merged, dataclasses.replace(config, lora_rank=0)
+
+
+def unmerge(merged: Params, params: Params, config: ModelConfig) -> Params:
+  """Takes the products of `params` out of `merged` again, but for rounding, and puts them beside it."""
+  plain = _added(merged, params, -config.lora_scale)
+  return _with_factors(plain, params)
+
+
+def delta(a: jax.Array, b: jax.Array, scale: float, shape: tuple[int, ...]) -> jax.Array:
+  """float32 `scale * a @ b` as a kernel of `shape`; a leading axis of layers is kept."""
+  layers, rank = shape[0], a.shape[-1]
+  product = jnp.matmul(
+      a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision=jax.lax.Precision.HIGHEST
+  )
+  return (scale * product).reshape(shape)
+
+
+def _added(params: Params, factors: Params, scale: float) -> Params:
+  """`params` without factors, and with the products of `factors` added to its kernels."""
+  new = {}
+  for name, value in params.items():
+    if isinstance(value, dict):
+      new[name] = _added(value, factors[name], scale)
+    elif name == "kernel" and "lora_a" in factors:
+      product = delta(factors["lora_a"], factors["lora_b"], scale, value.shape)
+      new[name] = (value.astype(jnp.float32) + product).astype(value.dtype)
+    elif name not in NAMES:
+      new[name] = value
+  return new
+
+
+def _with_factors(params: Params, factors: Params) -> Params:
+  new = {
+      name: _with_factors(value, factors[name]) if isinstance(value, dict) else value
+      for name, value in params.items()
+  }
+  return new | {name: factors[name] for name in NAMES if name in factors}

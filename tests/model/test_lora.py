@@ -1,0 +1,93 @@
+"""LoRA: products beside a model's matrices, in them, and out of them again."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famjax.errors import UserError
+from famjax.model import lora
+from famjax.model.config import PROJECTIONS
+from famjax.model.decoder import Decoder
+from tests.model import cases
+
+FAM = cases.FAM[1]  # grouped queries, LayerNorm, a head of its own
+TOKENS = cases.draw_tokens(np.random.default_rng(0), cases.BATCH, cases.width(FAM))
+
+
+def with_lora(config, **options):
+  return dataclasses.replace(config, **{"lora_rank": 3, "lora_alpha": 6.0, **options})
+
+
+@jax.jit
+def _forward(graphdef, params):
+  return nnx.merge(graphdef, params)(TOKENS)[0]
+
+
+def logits(config, params):
+  return _forward(cases.abstract(config)[0], params)
+
+
+def pure(params):
+  return nnx.to_pure_dict(params)
+
+
+def random_factors(config, seed=0):
+  """Parameters, both factors of every product drawn."""
+  params = pure(cases.random_params(config, seed))
+  draw = np.random.default_rng(seed)
+
+  def change(path, leaf):
+    scale = 0.3 if path[-1].key in lora.NAMES else 0
+    return leaf + scale * jnp.asarray(draw.standard_normal(leaf.shape), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(change, params)
+
+
+def test_a_new_pair_changes_nothing_and_a_drawn_one_does():
+  config = with_lora(FAM)
+  made = pure(nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[1])
+  plain, _ = lora.merge(made, config)
+  np.testing.assert_allclose(logits(FAM, plain), logits(config, made), atol=1e-6)
+  drawn = random_factors(config)
+  plain = pure(cases.random_params(FAM, 0))
+  assert np.abs(logits(config, drawn) - logits(FAM, plain)).max() > 0.1
+
+
+@pytest.mark.parametrize("targets", [("attention", "feedforward"), ("query|value",), ("down",)])
+def test_merged_products_do_what_they_do_apart(targets):
+  """Tokens and FAM alike; float32 sums in another order."""
+  config = with_lora(FAM, lora_targets=targets)
+  params = random_factors(config)
+  merged, plain_config = lora.merge(params, config)
+  assert plain_config == dataclasses.replace(config, lora_rank=0)
+  np.testing.assert_allclose(
+      logits(plain_config, merged), logits(config, params), **cases.TOLERANCE
+  )
+  again = lora.unmerge(merged, params, config)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  jax.tree.map(close, again, params)
+  assert lora.merge(merged, plain_config) == (merged, plain_config)
+
+
+def test_what_is_added_where():
+  config = with_lora(FAM, lora_targets=("attention/(query|out)",), param_dtype="bfloat16")
+  params = pure(nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1])
+  layers, (L, D, H, d) = params["layers"], (3, 16, 4, 4)
+  found = {
+      name for name in PROJECTIONS if "lora_a" in layers[name.split("/")[0]][name.split("/")[1]]
+  }
+  assert found == {"attention/query", "attention/out"}
+  query, out = layers["attention"]["query"], layers["attention"]["out"]
+  assert query["lora_a"].shape == (L, D, 3) and query["lora_b"].shape == (L, 3, H, d)
+  assert out["lora_a"].shape == (L, H, d, 3) and out["lora_b"].shape == (L, 3, D)
+  assert query["kernel"].dtype == "bfloat16"
+  assert query["lora_a"].dtype == params["fam_prompt"].dtype == "float32"
+
+
+def test_a_pattern_that_is_in_no_name():
+  with pytest.raises(UserError, match="lora_targets: 'q_proj' is in no name.*attention/query"):
+    with_lora(FAM, lora_targets=("attention", "q_proj")).validate()
