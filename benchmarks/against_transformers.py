@@ -18,6 +18,7 @@ import itertools
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import common
@@ -30,45 +31,16 @@ MOST_CACHE = 9e9  # bytes of keys and values; torch copies them once more when t
 
 def to_llama(model):
   """The same network in transformers: full attention over the same weights."""
-  import torch  # pylint: disable=import-outside-toplevel
   import transformers  # pylint: disable=import-outside-toplevel
 
-  c = model.config
-  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      vocab_size=c.vocab_size, hidden_size=c.model_dim, num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads, num_key_value_heads=c.kv_heads,
-      intermediate_size=c.hidden_width, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
-      rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-      max_position_embeddings=1 << 20, attn_implementation="sdpa",
-  )).eval()  # fmt: skip
-  d = model.decoder
-  attention, feedforward = d.layers.attention, d.layers.feedforward
-  rows = lambda kernel, l, n: np.asarray(kernel.kernel[...])[l].reshape(n, -1).T  # [out, in]
-  D = c.model_dim
-  weights = {
-      "model.embed_tokens.weight": np.asarray(d.embedder.embedding[...]),
-      "model.norm.weight": np.asarray(d.final_norm.scale[...]),
-  }
-  for l in range(c.num_layers):
-    weights |= {
-        f"model.layers.{l}.{name}.weight": value
-        for name, value in {
-            "input_layernorm": np.asarray(d.layers.attention_norm.scale[...])[l],
-            "post_attention_layernorm": np.asarray(d.layers.feedforward_norm.scale[...])[l],
-            "self_attn.q_proj": rows(attention.query, l, D),
-            "self_attn.k_proj": rows(attention.key, l, D),
-            "self_attn.v_proj": rows(attention.value, l, D),
-            "self_attn.o_proj": rows(attention.out, l, c.num_heads * c.head_width),
-            "mlp.gate_proj": rows(feedforward.gate, l, D),
-            "mlp.up_proj": rows(feedforward.up, l, D),
-            "mlp.down_proj": rows(feedforward.down, l, c.hidden_width),
-        }.items()
-    }
-  weights = {name: torch.tensor(value) for name, value in weights.items()}
-  missing, unexpected = llama.load_state_dict(weights, strict=False)
-  if unexpected or set(missing) - {"lm_head.weight"}:
-    raise AssertionError(f"missing {missing}, unexpected {unexpected}")
-  return llama
+  from famjax.convert import hf  # pylint: disable=import-outside-toplevel
+  from famjax.training.train_state import split  # pylint: disable=import-outside-toplevel
+
+  with tempfile.TemporaryDirectory() as directory:
+    hf.write(pathlib.Path(directory), split(model.decoder)[1], model.config)
+    return transformers.LlamaForCausalLM.from_pretrained(
+        directory, max_position_embeddings=1 << 20, attn_implementation="sdpa"
+    ).eval()
 
 
 def check(shape: common.Shape) -> dict[str, float | str]:

@@ -209,7 +209,9 @@ def _add_convert(commands) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("model", metavar="MODEL", help="directory of a run, of a checkpoint, or of a Hugging Face model")
+  parser.add_argument(
+      "model", metavar="MODEL", help="directory of a run, a checkpoint or a Hugging Face model"
+  )
 
 
 def _add_session(parser: argparse.ArgumentParser) -> None:

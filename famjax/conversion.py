@@ -8,7 +8,7 @@ from famjax.convert import hf
 from famjax.data import tokenizers
 from famjax.errors import UserError
 from famjax.model import lora
-from famjax.training import checkpoint
+from famjax.training import checkpoint, parameters
 
 _TOKENIZER = "tokenizer"  # directory of its files, beside the checkpoints
 
@@ -30,10 +30,11 @@ def convert(arguments: argparse.Namespace) -> int:
   else:
     loaded = checkpoint.load_params(src)
     origin = pathlib.Path(loaded.vocabulary)
-    like = hf.read_json(origin / "config.json") if (origin / "config.json").is_file() else None
+    config = origin / "config.json"
+    like = tokenizers.read_json(config) if config.is_file() else None
     hf.write(dst, *lora.merge(loaded.params, loaded.model), like)
     _copy_tokenizer(origin, dst)
-  count = sum(leaf.size for leaf in _leaves(loaded.params))
+  count = parameters.count(loaded.params)
   print(f"{count:,} parameters of {loaded.model.param_dtype} written to {dst}")
   return 0
 
@@ -47,8 +48,3 @@ def _copy_tokenizer(src: pathlib.Path, dst: pathlib.Path, also: tuple[str, ...] 
   for name in (*files, *also):
     shutil.copyfile(src / name, dst / name)
   return files
-
-
-def _leaves(tree):
-  for value in tree.values():
-    yield from _leaves(value) if isinstance(value, dict) else [value]

@@ -7,6 +7,7 @@ Everything else is common to all, `_COMMON` and `_rope`. There are no per-family
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -132,11 +133,9 @@ def to_hf(config: ModelConfig) -> Json:
   )  # fmt: skip
   for kind in FAMILIES:
     hf = _as_family(kind, config)
-    try:
+    with contextlib.suppress(UserError):  # a family without some option
       if from_hf(hf) == wanted:
         return hf
-    except UserError:
-      pass
   raise UserError(f"no Hugging Face family has all options of this model; {_known()}")
 
 

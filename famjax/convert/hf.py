@@ -13,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from flax import nnx
+from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +21,9 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from famjax.convert.families import Json, from_hf, to_hf
+from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
-from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 
 Params = dict[str, Any]
@@ -52,7 +53,6 @@ _LAYER_TENSORS = {  # after "model.layers.{l}."
 }
 # A model with norms before alone calls the one before its feed-forward after what it stands behind.
 _NORM_BEFORE = {"feedforward_norm/scale": "post_attention_layernorm.weight"}
-_FAM = ("fam_prompt", "fam_prefix")
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 _SHARD_BYTES = 5_000_000_000
@@ -103,7 +103,7 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
       raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
   if (path / _MEMORY_WEIGHTS).is_file():
     leaves |= {name: jnp.asarray(leaf) for name, leaf in load_file(path / _MEMORY_WEIGHTS).items()}
-  return _nested(leaves), config
+  return traverse_util.unflatten_dict(leaves, sep="/"), config
 
 
 def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | None = None) -> None:
@@ -118,7 +118,8 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
   Raises:
     UserError: no family has all options of the model.
   """
-  leaves = {name: leaf for name, leaf in _flat(params).items() if name not in _FAM}
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  own = {name: np.asarray(leaves.pop(name)) for name in FAM_WEIGHTS if name in leaves}
   symbols = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not the family's usual
   hf = symbols | (like or {}) | to_hf(config)
   hf |= {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
@@ -126,7 +127,7 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
   shards, sizes = [[]], [0]
   for name, leaf in leaves.items():
     for tensor, place in _places(name, config):
-      size = leaf.nbytes if place is None else leaf[place].nbytes
+      size = leaf.nbytes if place is None else leaf.nbytes // config.num_layers
       if sizes[-1] and sizes[-1] + size > _SHARD_BYTES:
         shards, sizes = [*shards, []], [*sizes, 0]
       shards[-1].append((tensor, name, place))
@@ -144,7 +145,6 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
   (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
   if config.memory.kind != "full":
     (path / _MEMORY).write_text(json.dumps(dataclasses.asdict(config.memory), indent=2) + "\n")
-  own = {name: np.asarray(params[name]) for name in _FAM if name in params}
   if own:
     save_file(own, path / _MEMORY_WEIGHTS)
 
@@ -166,7 +166,8 @@ class _Tensors(contextlib.ExitStack):
       raise UserError(f"{path} lacks {missing[0]}, which its index names: fetch it again")
     try:
       self._open = {
-          file: self.enter_context(safetensors.safe_open(path / file, framework="numpy")) for file in files
+          file: self.enter_context(safetensors.safe_open(path / file, framework="numpy"))
+          for file in files
       }
     except Exception as error:  # a cut file
       raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
@@ -194,8 +195,8 @@ class _Tensors(contextlib.ExitStack):
 def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of all parameters, by path."""
   _, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-  leaves = _flat(nnx.to_pure_dict(params))
-  return {name: leaf.shape for name, leaf in leaves.items() if name not in _FAM}
+  leaves = traverse_util.flatten_dict(nnx.to_pure_dict(params), sep="/")
+  return {name: leaf.shape for name, leaf in leaves.items() if name not in FAM_WEIGHTS}
 
 
 def _places(name: str, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
@@ -249,29 +250,3 @@ def _memory(path: pathlib.Path, hf: Json) -> MemoryConfig:
     return MemoryConfig(**read_json(path / _MEMORY))
   context = min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT)
   return MemoryConfig("full", _BLOCK, memory_segments=-(-context // _BLOCK) - 1)
-
-
-def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-  return flat
-
-
-def _nested(flat: dict[str, Any]) -> Params:
-  tree = {}
-  for path, value in flat.items():
-    *parents, last = path.split("/")
-    node = tree
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = value
-  return tree
-
-
-def read_json(path: pathlib.Path) -> Json:
-  """A file's JSON. Raises UserError if it cannot be read."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}): fetch it again") from error

@@ -49,9 +49,9 @@ class TokenizerVocabulary:
           f"vocabulary {directory}: its tokenizer.json cannot be read ({error}); name a directory of"
           " the Hugging Face hub, with its tokenizer"
       ) from error
-    about = _json(path / "config.json") | _json(path / "generation_config.json")
+    about = _given(path / "config.json") | _given(path / "generation_config.json")
     self.vocab_size = self._tokenizer.get_vocab_size()
-    self.stop_ids = self._stop_ids(about, _json(path / "tokenizer_config.json"))
+    self.stop_ids = self._stop_ids(about, _given(path / "tokenizer_config.json"))
     if not self.stop_ids:
       raise UserError(f"vocabulary {directory}: no eos_token_id is named; add it to config.json")
     self.eos_id = self.stop_ids[0]
@@ -78,12 +78,15 @@ class TokenizerVocabulary:
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  """A file's JSON without what is null; {} if it is not there."""
-  if not path.is_file():
-    return {}
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A file's JSON. Raises UserError if it cannot be read."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
+
+
+def _given(path: pathlib.Path) -> dict[str, Any]:
+  """A file's JSON without what is null; {} if it is not there."""
+  found = read_json(path) if path.is_file() else {}
   return {name: value for name, value in found.items() if value is not None}

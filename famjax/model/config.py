@@ -15,6 +15,8 @@ PROJECTIONS = (
     "attention/query", "attention/key", "attention/value", "attention/out", "feedforward/gate",
     "feedforward/up", "feedforward/down",
 )  # fmt: skip
+# The weights that a FAM adds to a model; it has one of them.
+FAM_WEIGHTS = ("fam_prompt", "fam_prefix")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 

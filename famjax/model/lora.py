@@ -7,6 +7,7 @@ functions are pure, over nested dicts of parameters named as in `Decoder`.
 import dataclasses
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -30,8 +31,10 @@ def merge(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
 
 def unmerge(merged: Params, params: Params, config: ModelConfig) -> Params:
   """Takes the products of `params` out of `merged` again, but for rounding, and puts them beside it."""
-  plain = _added(merged, params, -config.lora_scale)
-  return _with_factors(plain, params)
+  plain = traverse_util.flatten_dict(_added(merged, params, -config.lora_scale))
+  flat = traverse_util.flatten_dict(params)
+  factors = {path: value for path, value in flat.items() if path[-1] in NAMES}
+  return traverse_util.unflatten_dict(plain | factors)
 
 
 def delta(a: jax.Array, b: jax.Array, scale: float, shape: tuple[int, ...]) -> jax.Array:
@@ -45,21 +48,11 @@ def delta(a: jax.Array, b: jax.Array, scale: float, shape: tuple[int, ...]) -> j
 
 def _added(params: Params, factors: Params, scale: float) -> Params:
   """`params` without factors, and with the products of `factors` added to its kernels."""
-  new = {}
-  for name, value in params.items():
-    if isinstance(value, dict):
-      new[name] = _added(value, factors[name], scale)
-    elif name == "kernel" and "lora_a" in factors:
-      product = delta(factors["lora_a"], factors["lora_b"], scale, value.shape)
-      new[name] = (value.astype(jnp.float32) + product).astype(value.dtype)
-    elif name not in NAMES:
-      new[name] = value
-  return new
-
-
-def _with_factors(params: Params, factors: Params) -> Params:
-  new = {
-      name: _with_factors(value, factors[name]) if isinstance(value, dict) else value
-      for name, value in params.items()
-  }
-  return new | {name: factors[name] for name in NAMES if name in factors}
+  flat, factors = (traverse_util.flatten_dict(tree) for tree in (params, factors))
+  new = {path: value for path, value in flat.items() if path[-1] not in NAMES}
+  for path, value in new.items():
+    a, b = (factors.get((*path[:-1], name)) for name in NAMES)
+    if path[-1] == "kernel" and a is not None:
+      product = delta(a, b, scale, value.shape)
+      new[path] = (value.astype(jnp.float32) + product).astype(value.dtype)
+  return traverse_util.unflatten_dict(new)

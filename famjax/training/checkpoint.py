@@ -31,13 +31,12 @@ from orbax.checkpoint import v1 as ocp
 
 from famjax.convert import hf
 from famjax.errors import UserError
-from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.training.train_state import Params, TrainState, split
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
-_FAM = ("fam_prompt", "fam_prefix")
 
 
 class About(NamedTuple):
@@ -296,8 +295,8 @@ def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) 
     lora: LoRA's factors, which the checkpoint lacks.
   """
   embedding = loaded["embedder"]["embedding"]
-  adopted = {name: value for name, value in loaded.items() if name not in _FAM}
-  for name in _FAM:
+  adopted = {name: value for name, value in loaded.items() if name not in FAM_WEIGHTS}
+  for name in FAM_WEIGHTS:
     if name in fresh and name not in new_fam(fresh, loaded):
       adopted[name] = loaded[name]
     elif name in fresh:
@@ -312,7 +311,7 @@ def new_fam(fresh: Params, loaded: Params) -> list[str]:
   """Names of a model's FAM weights that loaded parameters lack, or have with another shape."""
   return [
       name
-      for name in _FAM
+      for name in FAM_WEIGHTS
       if name in fresh and (name not in loaded or loaded[name].shape != fresh[name].shape)
   ]
 

@@ -18,7 +18,7 @@ import numpy as np
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.errors import DivergedError, UserError
 from famjax.model import lora
-from famjax.model.config import ModelConfig
+from famjax.model.config import FAM_WEIGHTS, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training import parameters, run_directory, trainable
@@ -32,8 +32,8 @@ from famjax.training.step import make_eval_step, make_train_step
 from famjax.training.train_state import Params, TrainState, init_train_state, split
 
 
-# What a checkpoint's model may have otherwise when its parameters start another run.
 _LORA = ("lora_rank", "lora_alpha", "lora_targets")
+# What a checkpoint's model may have otherwise when its parameters start another run.
 _MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
 
 
@@ -96,11 +96,10 @@ def train(
   schedule = make_schedule(optimizer, config.train_steps)
   train_step = make_train_step(graphdef, model, config, transformation, schedule)
   eval_step = make_eval_step(graphdef, model, config)
-  flops = flops_per_token(
-      model, train_reader.length, config.follow_rows,
-      frozen=trainable.choose(config.trainable, model) != "full",
-  )  # fmt: skip
   chosen = trainable.choose(config.trainable, model)
+  flops = flops_per_token(
+      model, train_reader.length, config.follow_rows, frozen=chosen != "full"
+  )  # fmt: skip
   about = About(model, vocabulary, chosen)
 
   def begin(params):
@@ -119,18 +118,9 @@ def train(
     state, position = restored.state, restored.position
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
-    loaded = load_params(config.init_checkpoint)
-    check_model(config.init_checkpoint, loaded.model, model, _MAY_DIFFER)
-    check_vocabulary(config.init_checkpoint, loaded.vocabulary, vocabulary)
-    wanted = jax.eval_shape(fresh_params)
-    params, factors = _as_factors(loaded, model, fresh_params)
-    state = begin(adopt(wanted, params, config.seed, factors))
-    position = train_reader.start()
-    notes = [f"starting from the parameters of {config.init_checkpoint}, step {loaded.step}"]
-    notes += [
-        f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
-        for name in new_fam(wanted, loaded.params)
-    ]
+    params, notes = _from_checkpoint(config, model, vocabulary, fresh_params)
+    state, position = begin(params), train_reader.start()
+    del params  # some may be copies of other arrays than the state's
   else:
     state, position = fresh(), train_reader.start()
     notes = [f"starting from random parameters, seed {config.seed}"]
@@ -222,6 +212,24 @@ def train(
   return TrainResult(state, last, terminated)
 
 
+def _from_checkpoint(
+    config: TrainConfig, model: ModelConfig, vocabulary: str, fresh_params
+) -> tuple[Params, list[str]]:
+  """Another checkpoint's parameters as those of a model, and what there is to say about them."""
+  path = config.init_checkpoint
+  loaded = load_params(path)
+  check_model(path, loaded.model, model, _MAY_DIFFER)
+  check_vocabulary(path, loaded.vocabulary, vocabulary)
+  wanted = jax.eval_shape(fresh_params)
+  params, factors = _as_factors(loaded, model, fresh_params)
+  notes = [f"starting from the parameters of {path}, step {loaded.step}"]
+  notes += [
+      f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
+      for name in new_fam(wanted, loaded.params)
+  ]
+  return adopt(wanted, params, config.seed, factors), notes
+
+
 def _as_factors(loaded, model: ModelConfig, fresh_params) -> tuple[Params, Params]:
   """A checkpoint's parameters for a model, and the LoRA factors that these lack.
 
@@ -231,7 +239,7 @@ def _as_factors(loaded, model: ModelConfig, fresh_params) -> tuple[Params, Param
     params, _ = lora.merge(loaded.params, loaded.model)
     if model.lora_rank:
       factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()
-      return params, {name: tree for name, tree in factors.items() if name not in trainable.FAM}
+      return params, {name: tree for name, tree in factors.items() if name not in FAM_WEIGHTS}
     return params, {}
   return loaded.params, {}
 

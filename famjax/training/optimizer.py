@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from famjax.errors import UserError
+from famjax.model.config import FAM_WEIGHTS
 
 NAMES = ("adafactor", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
 DECAYING = ("linear", "cosine")  # down to their end at `decay_steps`
 
 # Parameters whose last name is one of these are never decayed: norms, biases, the memory's start.
-NOT_DECAYED = ("scale", "bias", "fam_prompt", "fam_prefix")
+NOT_DECAYED = ("scale", "bias", *FAM_WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Which parameters a run trains; the others stay as they are, and no gradient is made for them."""
 
+from flax import traverse_util
+
 from famjax.errors import UserError
-from famjax.model.config import ModelConfig
+from famjax.model.config import FAM_WEIGHTS, ModelConfig
 from famjax.model.lora import NAMES as LORA
 from famjax.training.train_state import Params
 
-FAM = ("fam_prompt", "fam_prefix")
 SETS = {  # by `TrainConfig.trainable`: the names of the parameters that are trained
-    "lora": (*LORA, *FAM),
-    "fam": FAM,
+    "lora": (*LORA, *FAM_WEIGHTS),
+    "fam": FAM_WEIGHTS,
 }
 
 
@@ -44,21 +45,12 @@ def part(params: Params, chosen: str) -> tuple[Params, Params]:
   if chosen == "full":
     return params, {}
   trained, frozen = {}, {}
-  for name, value in params.items():
-    if isinstance(value, dict):
-      trained[name], frozen[name] = part(value, chosen)
-    else:
-      (trained if name in SETS[chosen] else frozen)[name] = value
-  return _without_empty(trained), _without_empty(frozen)
+  for path, value in traverse_util.flatten_dict(params).items():
+    (trained if path[-1] in SETS[chosen] else frozen)[path] = value
+  return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
 def join(trained: Params, frozen: Params) -> Params:
   """Puts two nested dicts of different names together."""
-  joined = dict(trained)
-  for name, value in frozen.items():
-    joined[name] = join(joined.get(name, {}), value) if isinstance(value, dict) else value
-  return joined
-
-
-def _without_empty(params):
-  return {name: value for name, value in params.items() if not isinstance(value, dict) or value}
+  flat = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
+  return traverse_util.unflatten_dict(flat)
