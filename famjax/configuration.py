@@ -140,7 +140,7 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
   run = check(**arguments, settings=operative_settings)
   with _gin_errors(kinds=()):
     ask = gin.get_configurable("PassKeyEval")()
-  ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory.block_size)
+  ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory)
   return study.Plan(run["train"]["train_steps"], dataclasses.asdict(ask))
 
 

@@ -1,15 +1,22 @@
 """`famjax convert`, and Hugging Face directories in place of checkpoints, as a user meets them."""
 
 import dataclasses
+import json
 
+from flax import nnx
 import jax
 import numpy as np
 import pytest
 
 import famjax
 from famjax import cli
-from famjax.data.vocabularies import load_vocabulary
+from famjax.data import Lengths, LongText, PairExamples, PassKeyExamples, TaskExamples, tasks
+from famjax.data.vocabularies import load_vocabulary, same_vocabulary
 from famjax.errors import UserError
+from famjax.model.decoder import Decoder
+from famjax.training import trainable
+from famjax.training.checkpoint import About, load_params, save_params
+from famjax.training.train_state import split
 from tests.convert import tiny
 
 torch = pytest.importorskip("torch", reason="the extra hf brings torch to Python 3.11 alone")
@@ -137,3 +144,91 @@ def test_tokenizers_that_cannot_be_used(what, tmp_path):
     message = "its tokenizer.json cannot be read"
   with pytest.raises(UserError, match=message):
     load_vocabulary(str(tmp_path))
+
+
+def test_a_converted_model_can_be_moved(source, tmp_path):
+  cli.main(["convert", "--from=hf", f"--src={source}", f"--dst={tmp_path / 'run'}"])
+  (tmp_path / "run").rename(tmp_path / "moved")
+  moved = famjax.load(str(tmp_path / "moved"))
+  assert moved.vocabulary.path == str(tmp_path / "moved" / "tokenizer")
+  assert famjax.load(str(tmp_path / "moved" / "checkpoints" / "0")).vocabulary is moved.vocabulary
+  name = str(tmp_path / "moved" / "tokenizer")
+  assert same_vocabulary(name, str(source)) and not same_vocabulary(name, "bytes")
+
+
+def test_a_model_without_a_tokenizer_reads_bytes_and_says_so(tmp_path, capsys):
+  tiny.save("llama", tmp_path / "hub", vocab_size=300)
+  cli.main(["convert", "--from=hf", f"--src={tmp_path / 'hub'}", f"--dst={tmp_path / 'run'}"])
+  assert "hub has no tokenizer: its texts are read as bytes" in capsys.readouterr().out
+  for place in ("hub", "run"):
+    assert famjax.load(str(tmp_path / place)).vocabulary is load_vocabulary("bytes")
+
+
+def test_an_export_needs_its_tokenizer(source, tmp_path, capsys):
+  run = tmp_path / "run"
+  cli.main(["convert", "--from=hf", f"--src={source}", f"--dst={run}"])
+  (run / "tokenizer").rename(tmp_path / "elsewhere")
+  assert cli.main(["convert", "--to=hf", f"--src={run}", f"--dst={tmp_path / 'hub'}"]) == 2
+  assert "tokenizer, which is not there: put it back" in capsys.readouterr().err
+  assert not (tmp_path / "hub").exists()
+
+
+def test_lora_is_exported_merged(source, tmp_path):
+  """With an alpha and targets of its own, which no family of transformers has."""
+  cli.main(["convert", "--from=hf", f"--src={source}", f"--dst={tmp_path / 'run'}"])
+  loaded = load_params(tmp_path / "run")
+  config = dataclasses.replace(
+      loaded.model, lora_rank=2, lora_alpha=6.0, lora_targets=("query", "down")
+  )
+  draw = np.random.default_rng(0)
+  fresh = split(Decoder(config, rngs=nnx.Rngs(0)))[1]
+  factors = jax.tree.map(
+      lambda x: 0.1 * draw.standard_normal(x.shape).astype(np.float32),
+      trainable.part(fresh, "lora")[0],
+  )
+  params = trainable.join(loaded.params, factors)
+  about = About(config, loaded.vocabulary)
+  save_params(tmp_path / "lora", params, about)
+  assert cli.main(["convert", "--to=hf", f"--src={tmp_path / 'lora'}", f"--dst={tmp_path / 'out'}"]) == 0
+  ours = famjax.load(str(tmp_path / "lora")).read(TEXT).logits
+  plain = famjax.load(str(source)).read(TEXT).logits
+  assert np.abs(ours - plain).max() > 0.1
+  np.testing.assert_allclose(famjax.load(str(tmp_path / "out")).read(TEXT).logits, ours, atol=1e-4)
+
+
+def test_texts_to_train_on_begin_as_texts_to_read_do(source, tmp_path):
+  vocabulary = load_vocabulary(str(source))
+  first = lambda given: (given.example(0, 0, 0)[0][:2].tolist(), given.example(0, 0, 0)[1][0])
+  begin = lambda text: [1, vocabulary.encode(text)[0]]
+  assert first(PairExamples([(TEXT, "Again.")], vocabulary)) == (begin(TEXT), 0)
+  assert first(PassKeyExamples(vocabulary, Lengths(400, 400))) == (begin("There is"), 0)
+  (tmp_path / "a.txt").write_text(TEXT * 9)
+  assert first(LongText(vocabulary, tmp_path)) == (begin(TEXT), 0)
+  tokens, weights = LongText(vocabulary, tmp_path, excerpt_tokens=20).example(0, 0, 0)
+  assert tokens[0] == 1 and len(tokens) == len(weights) == 20 and weights.tolist() == [0] + [1] * 19
+  tasks.register_passkey(vocabulary, Lengths(400, 400))
+  try:
+    tokens, weights = TaskExamples("passkey").example(0, 0, 0)
+  finally:
+    tasks.register_passkey()
+  assert tokens.tolist()[:2] == begin("There is") and tokens.tolist().count(1) == 1
+  assert weights[0] == 0
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
+  """Llama 2's: texts that are encoded apart join as if they were one."""
+  tiny.save_tokenizer(tmp_path, TEXT, adds_space=True)
+  vocabulary = load_vocabulary(str(tmp_path))
+  whole = vocabulary.encode(TEXT + TEXT[:20])
+  assert whole == [*vocabulary.encode(TEXT[:12]), *vocabulary.encode(TEXT[12:] + TEXT[:20])]
+  assert TEXT[12] == " " and vocabulary.decode(whole).lstrip() == TEXT + TEXT[:20]
+
+
+def test_a_tokenizer_with_more_ids_than_its_model(tmp_path):
+  """Gemma 3's has an image's, which its text models have no row for."""
+  tiny.save_tokenizer(tmp_path, TEXT)
+  size = load_vocabulary(str(tmp_path)).vocab_size
+  (tmp_path / "two").mkdir()
+  tiny.save_tokenizer(tmp_path / "two", TEXT)
+  (tmp_path / "two" / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+  assert load_vocabulary(str(tmp_path / "two")).vocab_size == size - 1

@@ -28,12 +28,23 @@ _COMMON = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
+_REQUIRED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+)  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 _GEMMA = dict(norm="rms_plus_one", activation="gelu", scale_embeddings=True)
 _GEMMA_2 = _GEMMA | dict(norm_place="both")
 _CAPS = {"attn_logit_softcapping": "attention_cap", "final_logit_softcapping": "logit_cap"}
+_TRAINED_CONTEXT = "original_max_position_embeddings"
+_ROPE = (
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"
+)  # fmt: skip
+SYMBOLS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Switches that famjax has nothing for: each is refused unless it has this value.
-_NEEDED = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
+_NEEDED = {
+    "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False,
+    "use_bidirectional_attention": False,
+}  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -104,6 +115,11 @@ def from_hf(hf: Json) -> ModelConfig:
     raise UserError(f"a model of type {kind!r} cannot be converted; {_known()}")
   family = FAMILIES[kind]
   hf = {**family.usual, **hf}
+  if hf.get("quantization_config"):
+    raise UserError(f"{kind}: the weights are quantized; fetch the model in bfloat16 or float32")
+  missing = [name for name in _REQUIRED if hf.get(name) is None]
+  if missing:
+    raise UserError(f"{kind}: config.json lacks {missing[0]}")
   for name, value in _NEEDED.items():
     if hf.get(name) not in (value, None):
       raise UserError(f"{kind}: {name} is {hf[name]}, and famjax has {value} alone")
@@ -118,7 +134,7 @@ def from_hf(hf: Json) -> ModelConfig:
   if "query_pre_attn_scalar" in hf:
     options["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
   options |= _layers(kind, family, hf) | _rope(kind, hf)
-  return _normal(ModelConfig(**options))
+  return ModelConfig(**options).normalised()
 
 
 def to_hf(config: ModelConfig) -> Json:
@@ -127,16 +143,21 @@ def to_hf(config: ModelConfig) -> Json:
   Raises:
     UserError: no family has.
   """
-  wanted = dataclasses.replace(
-      _normal(config), memory=ModelConfig().memory, remat="none", compute_dtype="float32",
-      param_dtype="float32",
-  )  # fmt: skip
+  wanted = _network(config)
   for kind in FAMILIES:
     hf = _as_family(kind, config)
     with contextlib.suppress(UserError):  # a family without some option
       if from_hf(hf) == wanted:
         return hf
   raise UserError(f"no Hugging Face family has all options of this model; {_known()}")
+
+
+def _network(config: ModelConfig) -> ModelConfig:
+  """The configuration without what `config.json` has no words for."""
+  return dataclasses.replace(
+      config.normalised(), memory=ModelConfig().memory, remat="none", compute_dtype="float32",
+      param_dtype="float32",
+  )  # fmt: skip
 
 
 def _as_family(kind: str, config: ModelConfig) -> Json:
@@ -168,28 +189,32 @@ def _as_family(kind: str, config: ModelConfig) -> Json:
     low, high, context = config.rope_stretch
     rope |= {
         "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": low,
-        "high_freq_factor": high, "original_max_position_embeddings": int(context),
+        "high_freq_factor": high, _TRAINED_CONTEXT: int(context),
     }  # fmt: skip
   elif config.rope_factor != 1:
     rope |= {"rope_type": "linear", "factor": config.rope_factor}
+  # transformers 4 knows these names alone; 5 takes the first two instead of rope_parameters.
+  hf["rope_theta"] = config.rope_theta
+  if rope["rope_type"] != "default":
+    hf["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
   if kind == "gemma3_text":
+    hf["rope_local_base_freq"] = config.local_rope_theta
     local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
     rope = {"full_attention": rope, "sliding_attention": local}
   hf["rope_parameters"] = rope
   return hf
 
 
-def _normal(config: ModelConfig) -> ModelConfig:
-  """The same model, of several ways to say the same one."""
-  usual = config.model_dim / config.num_heads
-  return dataclasses.replace(
-      config,
-      num_kv_heads=None if config.kv_heads == config.num_heads else config.kv_heads,
-      head_dim=None if config.head_width == usual else config.head_width,
-      ff_dim=config.hidden_width,
-      layer_kinds=None if config.kinds() == ("global",) else config.layer_kinds,
-      query_scale=None if config.attention_scale == config.head_width**-0.5 else config.query_scale,
-  )
+def carried(like: Json, config: ModelConfig) -> Json:
+  """What an export keeps of the `config.json` that came with its tokenizer.
+
+  All of it, but for RoPE, which has names of several versions, where it is of the same network; else
+  only the ids of symbols.
+  """
+  with contextlib.suppress(UserError):
+    if from_hf(like) == _network(config):
+      return {name: value for name, value in like.items() if name not in _ROPE}
+  return {name: like[name] for name in SYMBOLS if name in like}
 
 
 def _layers(kind: str, family: Family, hf: Json) -> Json:
@@ -219,6 +244,8 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
     kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
   if set(kinds) == {"global"}:
     return {}
+  if "local" in kinds and window is None:
+    raise UserError(f"{kind}: config.json lacks sliding_window")
   local = {"local_window": window} if "local" in kinds else {}
   return {"layer_kinds": tuple(kinds), **local}
 
@@ -232,23 +259,24 @@ def _rope(kind: str, hf: Json) -> Json:
     options["local_rope_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
     given = given.get("full_attention", given)
   given = {**(hf.get("rope_scaling") or {}), **given}
+  if given.get("partial_rotary_factor", 1.0) != 1.0:
+    raise UserError(f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone")
   options["rope_theta"] = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
   match given.get("rope_type", given.get("type", "default")):
     case "default":
       return options
     case "linear":
-      return options | {"rope_factor": given["factor"]}
+      names = ("factor",)
     case "llama3":
-      return options | {
-          "rope_factor": given["factor"],
-          "rope_stretch": (
-              given["low_freq_factor"],
-              given["high_freq_factor"],
-              given["original_max_position_embeddings"],
-          ),
-      }
+      names = ("factor", "low_freq_factor", "high_freq_factor", _TRAINED_CONTEXT)
+      given = {_TRAINED_CONTEXT: hf.get("max_position_embeddings"), **given}
     case other:
       raise UserError(f"{kind}: RoPE of type {other!r} is not one that famjax has")
+  missing = [name for name in names if given.get(name) is None]
+  if missing:
+    raise UserError(f"{kind}: its RoPE lacks {missing[0]} in config.json")
+  factor, *stretch = (given[name] for name in names)
+  return options | {"rope_factor": factor, "rope_stretch": tuple(stretch) or None}
 
 
 def _known() -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from famjax.convert.families import Json, from_hf, to_hf
+from famjax.convert.families import SYMBOLS, Json, carried, from_hf, to_hf
 from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
 from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
@@ -54,7 +54,7 @@ _LAYER_TENSORS = {  # after "model.layers.{l}."
 # A model with norms before alone calls the one before its feed-forward after what it stands behind.
 _NORM_BEFORE = {"feedforward_norm/scale": "post_attention_layernorm.weight"}
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
-_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}  # stored, and as it is read
 _SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _MEMORY, _MEMORY_WEIGHTS = "famjax.json", "famjax.safetensors"
@@ -71,7 +71,8 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
 
   Args:
     path: a directory with `config.json` and safetensors, in one file or in several.
-    param_dtype: "float32" or "bfloat16"; None: the one that the embedding is stored in.
+    param_dtype: "float32" or "bfloat16"; None: the one that the embedding is stored in, float32 for
+      float16.
 
   Returns:
     Parameters of a `Decoder`, as nested dicts, and its configuration. Its memory is the one that
@@ -88,6 +89,10 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
     config = dataclasses.replace(
         config, memory=_memory(path, hf), param_dtype=param_dtype, compute_dtype=param_dtype
     )
+    try:
+      config.validate()
+    except UserError as error:
+      raise UserError(f"{path}: {error}") from None
     leaves, unused = {}, set(tensors.names)
     for name, shape in _leaves(config).items():
       leaf = _aligned(shape, param_dtype)
@@ -101,8 +106,7 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
     unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))
     if unused:
       raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
-  if (path / _MEMORY_WEIGHTS).is_file():
-    leaves |= {name: jnp.asarray(leaf) for name, leaf in load_file(path / _MEMORY_WEIGHTS).items()}
+  leaves |= _memory_weights(path, config)
   return traverse_util.unflatten_dict(leaves, sep="/"), config
 
 
@@ -113,15 +117,16 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
     path: a directory, which is made.
     params: of a `Decoder`.
     config: of the model.
-    like: the `config.json` that the model came from, whose other entries are kept.
+    like: a `config.json`; where it is of the same network its other entries are kept, and the ids of
+      symbols in any case.
 
   Raises:
     UserError: no family has all options of the model.
   """
   leaves = traverse_util.flatten_dict(params, sep="/")
   own = {name: np.asarray(leaves.pop(name)) for name in FAM_WEIGHTS if name in leaves}
-  symbols = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not the family's usual
-  hf = symbols | (like or {}) | to_hf(config)
+  symbols = dict.fromkeys(SYMBOLS)  # not the family's usual ones
+  hf = symbols | carried(like or {}, config) | to_hf(config)
   hf |= {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
   path.mkdir(parents=True, exist_ok=True)
   shards, sizes = [[]], [0]
@@ -155,7 +160,9 @@ class _Tensors(contextlib.ExitStack):
   def __init__(self, path: pathlib.Path):
     super().__init__()
     if (path / _INDEX).is_file():
-      self._file_of = read_json(path / _INDEX)["weight_map"]
+      self._file_of = read_json(path / _INDEX).get("weight_map")
+      if not isinstance(self._file_of, dict) or not self._file_of:
+        raise UserError(f"{path / _INDEX} has no weight_map: fetch it again")
     elif (path / "model.safetensors").is_file():
       self._file_of = None
     else:
@@ -178,18 +185,20 @@ class _Tensors(contextlib.ExitStack):
 
   def dtype(self, name: str) -> str:
     """"float32" or "bfloat16"."""
-    stored = self._at(name).get_slice(name).get_dtype()
+    if name not in self._file_of:
+      raise UserError(f"{self._path} lacks the tensor {name}")
+    try:
+      stored = self._open[self._file_of[name]].get_slice(name).get_dtype()
+    except safetensors.SafetensorError:
+      file = self._file_of[name]
+      raise UserError(f"{self._path}: {file} lacks {name}, which the index says it has") from None
     if stored not in _DTYPES:
       raise UserError(f"{self._path} stores {name} as {stored}; there is {', '.join(_DTYPES)}")
     return _DTYPES[stored]
 
   def read(self, name: str) -> np.ndarray:
-    return self._at(name).get_tensor(name)
-
-  def _at(self, name):
-    if name not in self._file_of:
-      raise UserError(f"{self._path} lacks the tensor {name}")
-    return self._open[self._file_of[name]]
+    self.dtype(name)  # raises if it is not there, or is of another kind
+    return self._open[self._file_of[name]].get_tensor(name)
 
 
 def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -247,6 +256,27 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def _memory(path: pathlib.Path, hf: Json) -> MemoryConfig:
   if (path / _MEMORY).is_file():
-    return MemoryConfig(**read_json(path / _MEMORY))
+    try:
+      return MemoryConfig(**read_json(path / _MEMORY))
+    except TypeError as error:
+      raise UserError(f"{path / _MEMORY} is no memory that famjax knows ({error})") from None
   context = min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT)
   return MemoryConfig("full", _BLOCK, memory_segments=-(-context // _BLOCK) - 1)
+
+
+def _memory_weights(path: pathlib.Path, config: ModelConfig) -> dict[str, jax.Array]:
+  """The FAM's own weights, if `write` left any."""
+  path = path / _MEMORY_WEIGHTS
+  if not path.is_file():
+    return {}
+  try:
+    found = load_file(path)
+  except Exception as error:  # a cut file
+    raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
+  L, F, D = config.num_layers, config.memory.length, config.model_dim
+  prompt = {"prompt": ("fam_prompt", (F, D)), "prefix": ("fam_prefix", (L, F, D))}
+  name, shape = prompt[config.memory.fam_init]
+  shapes = {name: leaf.shape for name, leaf in found.items()}
+  if shapes != {name: shape}:
+    raise UserError(f"{path} holds {shapes}, and the memory in {_MEMORY} takes {name} {shape}")
+  return {name: jnp.asarray(leaf) for name, leaf in found.items()}

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Sequence
 
 import numpy as np
 
-from famjax.data.vocabularies import Vocabulary
+from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
 # Streams of random numbers that must not be the same numbers (see `generator`).
@@ -84,7 +84,8 @@ class PairExamples:
     size = len(self._pairs)
     inputs, targets = self._pairs[shuffled(seed, index, size) if self._shuffle else index % size]
     encode = self.vocabulary.encode
-    return join(encode(inputs), [*encode(targets), self.vocabulary.eos_id])
+    begin = begin_ids(self.vocabulary)
+    return join([*begin, *encode(inputs)], [*encode(targets), self.vocabulary.eos_id])
 
 
 class TaskExamples:
@@ -159,4 +160,4 @@ class TaskExamples:
     if example is None:
       raise UserError(f"task {self._task.name!r} has no examples in {self._options['split']!r}")
     self._next = (seed, index + 1)
-    return join(example.get("inputs", ()), example["targets"])
+    return join([*begin_ids(self.vocabulary), *example.get("inputs", ())], example["targets"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from famjax.data.examples import generator
 from famjax.data.examples import shuffled
-from famjax.data.vocabularies import Vocabulary
+from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.py")
@@ -78,6 +78,8 @@ def find_files(
 class LongText:
   """A `Source` of files: every token has weight 1, and a file ends with `eos_id`.
 
+  What the vocabulary puts before a text stands before a file and before an excerpt, with weight 0.
+
   Attributes:
     vocabulary: encodes a file when it is read.
     files: of the corpus.
@@ -113,6 +115,7 @@ class LongText:
     self.vocabulary = vocabulary
     self.files = find_files(directory, patterns, split)
     self.fingerprint = _fingerprint(self.files)
+    self._begin = begin_ids(vocabulary)
     self._excerpt = excerpt_tokens
     self._shuffle = shuffle
     self._capacity = cache_tokens
@@ -126,6 +129,9 @@ class LongText:
     if self._excerpt and len(tokens) > self._excerpt:
       start = int(generator(seed, index).integers(len(tokens) - self._excerpt, endpoint=True))
       tokens = tokens[start : start + self._excerpt]
+    if self._begin:
+      tokens = np.asarray([*self._begin, *tokens[: self._excerpt and -len(self._begin)]], np.int32)
+      return tokens, np.asarray(np.arange(len(tokens)) >= len(self._begin), np.float32)
     return tokens, np.broadcast_to(np.float32(1), tokens.shape)
 
   def _tokens(self, number: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from famjax.data.examples import generator
-from famjax.data.vocabularies import Vocabulary
+from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
 HEAD = (
@@ -38,6 +38,7 @@ class PassKeyFormat:
       raise UserError(f"key_digits {key_digits}: use 1 to 18")
     self.vocabulary = vocabulary
     self.key_digits = key_digits
+    self._begin = np.asarray(begin_ids(vocabulary), np.int32)
     self._filler = self._encode(FILLER)
     self._has_digit: dict[int, bool] = {}  # By token.
 
@@ -68,7 +69,7 @@ class PassKeyFormat:
       UserError: the document is too short for its parts, or not exactly one length is given.
     """
     key = f"{rng.integers(10**self.key_digits):0{self.key_digits}d}"
-    head = self._encode(HEAD.format(key=key))
+    head = np.concatenate([self._begin, self._encode(HEAD.format(key=key))])
     question = self._encode(QUESTION.format(key=key))
     if (filler_tokens is None) == (total_tokens is None):
       raise UserError("a pass key document needs either filler_tokens or total_tokens")

@@ -16,6 +16,7 @@ from famjax.data.long_text import find_files
 from famjax.data.passkey import Lengths
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.vocabularies import as_seqio
+from famjax.data.vocabularies import begin_ids
 from famjax.data.vocabularies import load_vocabulary
 from famjax.data.vocabularies import Vocabulary
 
@@ -45,12 +46,14 @@ def register_passkey(
   """
   vocabulary = load_vocabulary(vocabulary) if isinstance(vocabulary, str) else vocabulary
   layout = PassKeyFormat(vocabulary, key_digits)
+  begin = len(begin_ids(vocabulary))
 
   def examples(split: str, seed: int | None):
     size, stream = _PASSKEY_SPLITS[split]
     for index in range(size):
       rng = generator(seed or 0, 2 * index + stream)
       tokens, weights = layout.write(rng, filler.draw(rng, 0))
+      tokens, weights = tokens[begin:], weights[begin:]  # a task's texts begin without a symbol
       cut = int(np.argmax(weights > 0))
       yield {
           "inputs": tokens[:cut],

@@ -12,13 +12,23 @@ FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json", "added_tokens.json",
 )  # fmt: skip
+_SPACES = ("\u2581", "\u0120")  # a space, as SentencePiece and byte-level BPE write it
+
+
+def is_in(directory: pathlib.Path) -> bool:
+  """Whether a directory has a tokenizer."""
+  return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 class TokenizerVocabulary:
   """What a directory's `tokenizer.json` makes of text; without the symbols that begin a text.
 
+  Some tokenizers put a space before every text that they are given. A text that starts with a space
+  loses it here under such a one, as in `vocabularies.SentencePieceVocabulary`.
+
   Attributes:
-    vocab_size: ids of the tokenizer; a model often has a few more, which mean nothing.
+    vocab_size: ids of the tokenizer that the model has too; a model often has a few more, which mean
+      nothing, and Gemma 3's text models have one fewer.
     eos_id: the first of `stop_ids`.
     stop_ids: every id that the directory says a text ends with.
     begin_ids: what the tokenizer puts before a text that begins.
@@ -51,6 +61,7 @@ class TokenizerVocabulary:
       ) from error
     about = _given(path / "config.json") | _given(path / "generation_config.json")
     self.vocab_size = self._tokenizer.get_vocab_size()
+    self.vocab_size = min(self.vocab_size, about.get("vocab_size", self.vocab_size))
     self.stop_ids = self._stop_ids(about, _given(path / "tokenizer_config.json"))
     if not self.stop_ids:
       raise UserError(f"vocabulary {directory}: no eos_token_id is named; add it to config.json")
@@ -60,9 +71,12 @@ class TokenizerVocabulary:
     self.begin_ids = self._tokenizer.encode("", add_special_tokens=True).ids
     while self.begin_ids and self.begin_ids[-1] in self.stop_ids:  # what it puts after a text
       self.begin_ids = self.begin_ids[:-1]
+    first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+    self._adds_space = bool(first) and first[0].startswith(_SPACES)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text; names of special tokens in it become these."""
+    text = text[1:] if self._adds_space and text.startswith(" ") else text
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Iterable[int]) -> str:

@@ -14,6 +14,9 @@ import numpy as np
 from famjax.errors import UserError
 
 
+BUILT_IN = ("bytes", "passkey_words")
+
+
 class Vocabulary(Protocol):
   """What the project asks of a vocabulary; a `seqio.Vocabulary` has it too."""
 
@@ -175,6 +178,24 @@ def load_vocabulary(name: str) -> Vocabulary:
   return SentencePieceVocabulary(str(model) if model.is_file() else name)
 
 
+def begin_ids(vocabulary: Vocabulary) -> list[int]:
+  """Returns what the vocabulary puts before a text that begins; most put nothing there."""
+  return list(getattr(vocabulary, "begin_ids", ()))
+
+
+def same_vocabulary(a: str, b: str) -> bool:
+  """Whether two names are of one vocabulary: the same name, or files of the same bytes."""
+  files = [_file(name) for name in (a, b)]
+  return a == b or (None not in files and files[0].read_bytes() == files[1].read_bytes())
+
+
+def _file(name: str) -> pathlib.Path | None:
+  """The file that a vocabulary comes from, if it is there."""
+  path = pathlib.Path(name)
+  places = (path / "tokenizer.json", path / "tokenizer.model", path)
+  return next((place for place in places if place.is_file()), None)
+
+
 @functools.lru_cache(maxsize=None)
 def as_seqio(vocabulary: Vocabulary) -> Any:
   """Returns a `seqio.Vocabulary` that gives the same ids. Imports seqio, and with it TensorFlow.
@@ -190,6 +211,7 @@ def as_seqio(vocabulary: Vocabulary) -> Any:
     eos_id = vocabulary.eos_id
     pad_id = vocabulary.pad_id
     unk_id = getattr(vocabulary, "unk_id", None)
+    begin_ids = begin_ids(vocabulary)
     _base_vocab_size = vocabulary.vocab_size
 
     def _encode(self, s):

@@ -18,6 +18,7 @@ from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.model import Model, assemble
+from famjax.model.config import MemoryConfig
 from famjax.model.state import empty_state
 from famjax.training.checkpoint import load_params
 
@@ -52,12 +53,12 @@ class PassKeyEval:
     if min(self.examples, self.chunk_blocks) < 1:
       raise UserError("PassKeyEval.examples and chunk_blocks must be at least 1")
 
-
-  def check(self, vocabulary: Vocabulary, block_size: int) -> None:
-    """Raises UserError also for documents too short for their parts, in a model's tokens."""
+  def check(self, vocabulary: Vocabulary, memory: MemoryConfig) -> None:
+    """Raises UserError also for documents too short for their parts or too long for a model."""
     self.validate()
     text = PassKeyFormat(vocabulary, self.key_digits)
-    text.write(generator(_SEED, 0), total_tokens=min(self.blocks) * block_size + 1)
+    text.write(generator(_SEED, 0), total_tokens=min(self.blocks) * memory.block_size + 1)
+    memory.check_context(max(self.blocks) * memory.block_size)
 
 
 def accuracy_by_blocks(model: Model, config: PassKeyEval) -> dict[int, float]:
@@ -73,7 +74,7 @@ def accuracy_by_blocks(model: Model, config: PassKeyEval) -> dict[int, float]:
   Returns:
     `{blocks: accuracy}`.
   """
-  config.check(model.vocabulary, model.config.memory.block_size)
+  config.check(model.vocabulary, model.config.memory)
   return {n: float(key_correct(model, n, config).mean()) for n in config.blocks}
 
 

@@ -12,7 +12,6 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
 from typing import NamedTuple
 
 from flax import nnx
@@ -29,7 +28,9 @@ from famjax.model import lora
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
-from famjax.training.checkpoint import Loaded, adopt, load_params, new_fam
+from famjax.training import parameters
+from famjax.training.adoption import adopt, new_fam
+from famjax.training.checkpoint import Loaded, load_params
 from famjax.training.train_state import split
 
 
@@ -82,7 +83,7 @@ class Model:
   @functools.cached_property
   def fingerprint(self) -> str:
     """16 hex digits that stand for the values of all weights."""
-    return _fingerprint(self._engine.params)
+    return parameters.fingerprint(self._engine.params)
 
   def start(self, batch_size: int = 1) -> Reading:
     """Rows that have read nothing; what comes next is not known."""
@@ -369,12 +370,3 @@ def assemble(
       )
   decoder = nnx.merge(graphdef, adopt(fresh, params, seed=0))
   return Model(decoder, load_vocabulary(loaded.vocabulary))
-
-
-def _fingerprint(params) -> str:
-  """16 hex digits that stand for the values of all parameters."""
-  digest = hashlib.blake2b(digest_size=8)
-  for path, value in jax.tree_util.tree_leaves_with_path(params):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(value).tobytes())
-  return digest.hexdigest()

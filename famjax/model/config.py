@@ -205,6 +205,23 @@ class ModelConfig:
     """LoRA's rank in one of `PROJECTIONS`; 0: it has none."""
     return self.lora_rank if any(re.search(p, projection) for p in self.lora_targets) else 0
 
+  def normalised(self) -> "ModelConfig":
+    """The same model, of several ways to say the same one."""
+    usual = self.model_dim / self.num_heads
+    local = self.layer_kinds is not None and "local" in self.layer_kinds
+    return dataclasses.replace(
+        self,
+        num_kv_heads=None if self.kv_heads == self.num_heads else self.kv_heads,
+        head_dim=None if self.head_width == usual else self.head_width,
+        ff_dim=self.hidden_width,
+        layer_kinds=None if self.kinds() == ("global",) else self.layer_kinds,
+        local_window=self.local_window if local else None,
+        local_rope_theta=self.local_rope_theta if local else None,
+        query_scale=None if self.attention_scale == self.head_width**-0.5 else self.query_scale,
+        lora_alpha=self.lora_alpha if self.lora_rank else None,
+        lora_targets=self.lora_targets if self.lora_rank else ModelConfig.lora_targets,
+    )
+
   def kinds(self) -> tuple[str, ...]:
     """The kinds of layers that there are; `of_kind` says what each is."""
     return tuple(dict.fromkeys(self.layer_kinds)) if self.layer_kinds else ("global",)

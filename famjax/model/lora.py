@@ -26,7 +26,7 @@ def merge(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
   if not config.lora_rank:
     return params, config
   merged = _added(params, params, config.lora_scale)
-  return merged, dataclasses.replace(config, lora_rank=0)
+  return merged, dataclasses.replace(config, lora_rank=0).normalised()
 
 
 def unmerge(merged: Params, params: Params, config: ModelConfig) -> Params:
@@ -37,13 +37,20 @@ def unmerge(merged: Params, params: Params, config: ModelConfig) -> Params:
   return traverse_util.unflatten_dict(plain | factors)
 
 
-def delta(a: jax.Array, b: jax.Array, scale: float, shape: tuple[int, ...]) -> jax.Array:
-  """float32 `scale * a @ b` as a kernel of `shape`; a leading axis of layers is kept."""
-  layers, rank = shape[0], a.shape[-1]
-  product = jnp.matmul(
-      a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision=jax.lax.Precision.HIGHEST
-  )
-  return (scale * product).reshape(shape)
+@jax.jit
+def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+  """`kernel + scale * a @ b`, all `[L, ...]`, layer by layer, so that float32 is of one layer."""
+
+  def layer(arrays):
+    kernel, a, b = arrays
+    rank = a.shape[-1]
+    product = jnp.matmul(
+        a.reshape(-1, rank), b.reshape(rank, -1), precision=jax.lax.Precision.HIGHEST
+    )
+    added = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
+    return added.astype(kernel.dtype)
+
+  return jax.lax.map(layer, (kernel, a, b))
 
 
 def _added(params: Params, factors: Params, scale: float) -> Params:
@@ -53,6 +60,5 @@ def _added(params: Params, factors: Params, scale: float) -> Params:
   for path, value in new.items():
     a, b = (factors.get((*path[:-1], name)) for name in NAMES)
     if path[-1] == "kernel" and a is not None:
-      product = delta(a, b, scale, value.shape)
-      new[path] = (value.astype(jnp.float32) + product).astype(value.dtype)
+      new[path] = _add(value, a, b, scale)
   return traverse_util.unflatten_dict(new)

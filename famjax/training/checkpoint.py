@@ -7,8 +7,8 @@ A run keeps its checkpoints in `<RUN_DIR>/checkpoints/<steps done>/`:
     reader      the position of the data reader
     metadata    JSON: the model's configuration, the vocabulary's name, which parameters are trained
 
-The other parameters, if not all are trained, stand once in `<RUN_DIR>/base/`: all that inference reads
-is `params` and these.
+The other parameters, if not all are trained, stand once in `<RUN_DIR>/base/`, and the metadata say
+which they are: all that inference reads is `params` and these.
 
 Orbax writes a step beside its final place, moves it there, and puts a marker in it. A step without
 the marker, or one that cannot be read back, is not whole: it is passed over, and the newest whole
@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import logging
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 import warnings
 
@@ -30,13 +31,18 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from famjax.convert import hf
+from famjax.data import tokenizers
+from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
-from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
+from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
+from famjax.training import parameters
 from famjax.training.train_state import Params, TrainState, split
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
+_FORMAT = 2  # of what `training` holds
+OWN_TOKENIZER = "tokenizer"  # a vocabulary's name: that directory beside the checkpoints
 
 
 class About(NamedTuple):
@@ -46,11 +52,15 @@ class About(NamedTuple):
     model: configuration of the model.
     vocabulary: name of the vocabulary, as `famjax.data.load_vocabulary` takes it.
     trainable: which parameters are in the checkpoint itself, see `trainable`.
+    base: fingerprint of the other ones, which `save_base` gives; None: there are none.
+    format: version of what else a run needs to go on.
   """
 
   model: ModelConfig
   vocabulary: str
   trainable: str = "full"
+  base: str | None = None
+  format: int = _FORMAT
 
 
 class Restored(NamedTuple):
@@ -106,7 +116,7 @@ class Checkpoints:
         step,
         {
             "params": state.params,
-            "training": without_empty(state.replace(params=None, frozen=None)),
+            "training": _rest(state),
             "reader": {"position": np.asarray(position)},
         },
         force=True,
@@ -143,14 +153,13 @@ class Checkpoints:
       path = self.directory / str(step)
       try:
         saved = read_about(path)
-        check_model(path, saved.model, about.model, ignore=("remat",))
-        check_vocabulary(path, saved.vocabulary, about.vocabulary)
+        _check_run(path, saved, about)
         loaded = load_items(path, {
             "params": template.params,
-            "training": without_empty(template.replace(params=None, frozen=None)),
+            "training": _rest(template),
             "reader": {"position": np.asarray(position)},
         })  # fmt: skip
-        frozen = _load_base(self.directory.parent, template.frozen)
+        frozen = _load_base(self.directory.parent, template.frozen, saved.base)
       except UserError:
         raise
       except Exception as error:  # pylint: disable=broad-exception-caught
@@ -160,7 +169,7 @@ class Checkpoints:
       for broken in skipped:
         broken.rename(_free_name(broken))
       self._newest = step
-      state = loaded["training"].replace(params=loaded["params"], frozen=frozen)
+      state = TrainState(params=loaded["params"], frozen=frozen, **loaded["training"])
       state = with_empty(template, state)
       return Restored(state, loaded["reader"]["position"], list(skipped.values()))
     if skipped:
@@ -177,30 +186,79 @@ def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
     checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=_metadata(about))
 
 
+def _rest(state: TrainState) -> dict[str, Any]:
+  """What `training` holds: a state without parameters."""
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return without_empty({n: v for n, v in fields.items() if n not in ("params", "frozen")})
+
+
 def _metadata(about: About) -> dict[str, Any]:
   return about._asdict() | {"model": dataclasses.asdict(about.model)}
 
 
-def save_base(run_dir: pathlib.Path, frozen: Params) -> None:
-  """Leaves the parameters that a run does not train in its directory, once."""
+def save_base(run_dir: pathlib.Path, frozen: Params) -> str | None:
+  """Leaves the parameters that a run does not train in its directory, once; returns what they are.
+
+  Others, of a run that was stopped before its first checkpoint, are replaced.
+  """
+  if not frozen:
+    return None
   directory = run_dir.absolute() / "base"
-  if frozen and not (directory / "0" / _MARKER).is_file():
+  fingerprint = parameters.fingerprint(frozen)
+  if _base_in(directory / "0") != fingerprint:
+    shutil.rmtree(directory, ignore_errors=True)
     with quiet(), ocp.training.Checkpointer(directory) as checkpointer:
-      checkpointer.save_checkpointables(0, {"params": frozen})
+      checkpointer.save_checkpointables(
+          0, {"params": frozen}, custom_metadata={"fingerprint": fingerprint}
+      )
+  return fingerprint
 
 
-def _load_base(run_dir: pathlib.Path, template: Params) -> Params:
+def _base_in(path: pathlib.Path) -> str | None:
+  """The fingerprint that `save_base` has written; None: nothing is there, or not whole."""
+  if not (path / _MARKER).is_file():
+    return None
+  with quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
+    about = checkpointer.checkpointables_metadata(0).custom_metadata or {}
+  return about.get("fingerprint")
+
+
+def _load_base(run_dir: pathlib.Path, template: Params, fingerprint: str | None) -> Params:
   """Reads them, shaped and placed like `template`."""
   if not template:
     return {}
   base = run_dir / "base" / "0"
   try:
-    return load_items(base, {"params": template})["params"]
+    found = _base_in(base)
+    loaded = load_items(base, {"params": template})["params"]
   except Exception as error:
     raise UserError(
         f"{base} cannot be read ({reason(error)}), and it holds the parameters that the run does not"
         " train: put it back"
     ) from error
+  if found != fingerprint:
+    raise UserError(
+        f"{base} holds other parameters ({found}) than those that the run was trained beside"
+        f" ({fingerprint}): put the right ones back"
+    )
+  return loaded
+
+
+def _check_run(path: pathlib.Path, saved: About, wanted: About) -> None:
+  """Raises UserError if a run cannot go on from a checkpoint."""
+  if saved.format != wanted.format:
+    raise UserError(
+        f"checkpoint {path} was written by another version of famjax (its format is {saved.format},"
+        f" this one's {wanted.format}): go on with that version, or start another run with"
+        " TrainConfig.init_checkpoint"
+    )
+  if saved.trainable != wanted.trainable:
+    raise UserError(
+        f"checkpoint {path} is of a run that trains {saved.trainable!r}, not {wanted.trainable!r}:"
+        " start another run with TrainConfig.init_checkpoint"
+    )
+  check_model(path, saved.model, wanted.model, ignore=("remat",))
+  check_vocabulary(path, saved.vocabulary, wanted.vocabulary)
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
@@ -228,7 +286,12 @@ def read_about(path: pathlib.Path) -> About:
           f" {sorted(unknown)[0]}, which this one does not know; use that version"
       )
   model = ModelConfig(memory=MemoryConfig(**memory), **model)
-  return About(model, data["vocabulary"], data.get("trainable", "full"))
+  vocabulary = data["vocabulary"]
+  if vocabulary == OWN_TOKENIZER:
+    vocabulary = str(path.absolute().parent.parent / OWN_TOKENIZER)
+  return About(
+      model, vocabulary, data.get("trainable", "full"), data.get("base"), data.get("format", 1)
+  )
 
 
 class Loaded(NamedTuple):
@@ -260,7 +323,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   path = pathlib.Path(path).absolute()
   if hf.is_hf(path):
     params, model = hf.read(path)
-    return Loaded(params, model, str(path), 0)
+    return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   steps = list_steps(directory)[::-1]
   if not steps and path.name.isdigit():
@@ -272,7 +335,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
       abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
       trained, frozen = part(abstract, about.trainable)
       params = load_items(directory / str(step), {"params": trained})["params"]
-      params = join(params, _load_base(directory.parent, frozen))
+      params = join(params, _load_base(directory.parent, frozen, about.base))
       return Loaded(params, about.model, about.vocabulary, step)
     except UserError:
       raise
@@ -282,42 +345,9 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
 
 
-def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) -> Params:
-  """Fresh parameters with the loaded ones of the same model in their places.
-
-  A FAM that the checkpoint lacks, or has with another shape (`new_fam`), starts as in the paper
-  (SPEC 2, B.1): from the embeddings, here the loaded ones, of tokens drawn at random.
-
-  Args:
-    fresh: of the new model.
-    loaded: from `load_params`; the two models differ in their memory at most, see `check_model`.
-    seed: of the draw.
-    lora: LoRA's factors, which the checkpoint lacks.
-  """
-  embedding = loaded["embedder"]["embedding"]
-  adopted = {name: value for name, value in loaded.items() if name not in FAM_WEIGHTS}
-  for name in FAM_WEIGHTS:
-    if name in fresh and name not in new_fam(fresh, loaded):
-      adopted[name] = loaded[name]
-    elif name in fresh:
-      places = fresh[name].shape[:-1]
-      drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
-      adopted[name] = embedding[drawn]
-  adopted = join(adopted, lora or {})
-  return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
-
-
-def new_fam(fresh: Params, loaded: Params) -> list[str]:
-  """Names of a model's FAM weights that loaded parameters lack, or have with another shape."""
-  return [
-      name
-      for name in FAM_WEIGHTS
-      if name in fresh and (name not in loaded or loaded[name].shape != fresh[name].shape)
-  ]
-
-
 def check_model(path, saved: ModelConfig, wanted: ModelConfig, ignore: tuple[str, ...]) -> None:
   """Raises UserError naming the first field in which two configurations differ."""
+  saved, wanted = saved.normalised(), wanted.normalised()
   for field in dataclasses.fields(ModelConfig):
     theirs, ours = getattr(saved, field.name), getattr(wanted, field.name)
     if field.name not in ignore and theirs != ours:
@@ -329,7 +359,7 @@ def check_model(path, saved: ModelConfig, wanted: ModelConfig, ignore: tuple[str
 
 def check_vocabulary(path, saved: str, wanted: str) -> None:
   """Raises UserError if a checkpoint was trained with another vocabulary."""
-  if saved != wanted:
+  if not same_vocabulary(saved, wanted):
     raise UserError(
         f"checkpoint {path} was trained with the vocabulary {saved!r}, not {wanted!r}: its tokens"
         f" mean other text; use {saved!r} or another checkpoint"

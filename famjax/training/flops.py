@@ -11,8 +11,8 @@ A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
                                           N tokens' attention to them
 
 Training is three times the forward pass: the backward pass makes a gradient for each of the two
-factors of every product. For products with matrices that are not trained (LoRA) it is twice; LoRA's
-own products are left out. What rematerialisation computes again is not counted, so that a policy
+factors of every product. For products with matrices that are not trained (LoRA) it is twice, and
+attention, the FAM's too, remains three times; LoRA's own products are left out. What rematerialisation computes again is not counted, so that a policy
 that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
 left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).
 
@@ -96,9 +96,9 @@ def flops_per_token(
       for kind in config.layer_kinds or config.kinds()
   ])  # averaged over layers
   matrices = 2 * (L * layer + D * V)
-  fam = L / N * (2 * F * layer + attend * F * (N + F) + attend * F * N)
   passes = 2.0 if frozen else 3.0
-  return FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), passes * fam)
+  fam = L / N * (passes * 2 * F * layer + 3.0 * attend * F * (2 * N + F))
+  return FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), fam)
 
 
 def utilisation(

@@ -17,24 +17,18 @@ import numpy as np
 
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.errors import DivergedError, UserError
-from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training import parameters, run_directory, trainable
-from famjax.training.checkpoint import About, Checkpoints, adopt, check_model, check_vocabulary
-from famjax.training.checkpoint import load_params, new_fam, save_base
+from famjax.training.adoption import from_checkpoint
+from famjax.training.checkpoint import About, Checkpoints, save_base
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import Params, TrainState, init_train_state, split
-
-
-_LORA = ("lora_rank", "lora_alpha", "lora_targets")
-# What a checkpoint's model may have otherwise when its parameters start another run.
-_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
+from famjax.training.train_state import TrainState, init_train_state, split
 
 
 class TrainResult(NamedTuple):
@@ -118,7 +112,7 @@ def train(
     state, position = restored.state, restored.position
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
-    params, notes = _from_checkpoint(config, model, vocabulary, fresh_params)
+    params, notes = from_checkpoint(config, model, vocabulary, fresh_params)
     state, position = begin(params), train_reader.start()
     del params  # some may be copies of other arrays than the state's
   else:
@@ -132,7 +126,7 @@ def train(
 
   # --------------------------------------------------------------------------- write what it is
   run_directory.write(run_dir, description, table)
-  save_base(run_dir, state.frozen)
+  about = about._replace(base=save_base(run_dir, state.frozen))
   writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
   if description["gin"]:
     print(run_directory.gin_text(description["gin"]), end="\n\n")
@@ -212,38 +206,6 @@ def train(
   return TrainResult(state, last, terminated)
 
 
-def _from_checkpoint(
-    config: TrainConfig, model: ModelConfig, vocabulary: str, fresh_params
-) -> tuple[Params, list[str]]:
-  """Another checkpoint's parameters as those of a model, and what there is to say about them."""
-  path = config.init_checkpoint
-  loaded = load_params(path)
-  check_model(path, loaded.model, model, _MAY_DIFFER)
-  check_vocabulary(path, loaded.vocabulary, vocabulary)
-  wanted = jax.eval_shape(fresh_params)
-  params, factors = _as_factors(loaded, model, fresh_params)
-  notes = [f"starting from the parameters of {path}, step {loaded.step}"]
-  notes += [
-      f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
-      for name in new_fam(wanted, loaded.params)
-  ]
-  return adopt(wanted, params, config.seed, factors), notes
-
-
-def _as_factors(loaded, model: ModelConfig, fresh_params) -> tuple[Params, Params]:
-  """A checkpoint's parameters for a model, and the LoRA factors that these lack.
-
-  A checkpoint with the same LoRA goes on with it; another one's is merged into its matrices.
-  """
-  if any(getattr(loaded.model, name) != getattr(model, name) for name in _LORA):
-    params, _ = lora.merge(loaded.params, loaded.model)
-    if model.lora_rank:
-      factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()
-      return params, {name: tree for name, tree in factors.items() if name not in FAM_WEIGHTS}
-    return params, {}
-  return loaded.params, {}
-
-
 def check(
     run_dir: str | os.PathLike[str],
     model: ModelConfig,
@@ -266,6 +228,11 @@ def check(
     part.validate()
   config.check_batch_size(train_reader.batch_size)
   trainable.choose(config.trainable, model)
+  if model.memory.context is not None and config.follow_rows:
+    raise UserError(
+        "follow_rows is set, and full attention has room for so many tokens alone: leave it out, or"
+        " give the model a memory, gin/memory/fam.gin"
+    )
   for reader in filter(None, (train_reader, eval_reader)):
     _check_reader(reader, model, config)
   if config.eval_every and eval_reader is None:
@@ -308,6 +275,7 @@ def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> No
         f"the length of a batch, {reader.length} tokens, is not a multiple of block_size"
         f" {block_size}: change one of them"
     )
+  model.memory.check_context(reader.length)
   if tuple(reader.rows) != (0, reader.batch_size):
     raise UserError(
         f"a reader gives rows {reader.rows} of {reader.batch_size}: one process reads them all;"

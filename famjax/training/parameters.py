@@ -1,8 +1,10 @@
-"""A table of a model's parameters."""
+"""What there is to say of a model's parameters: a count, names, a table, a fingerprint."""
 
+import hashlib
 import math
 
 import jax
+import numpy as np
 
 from famjax.training.train_state import Params
 
@@ -16,6 +18,15 @@ def names(params: Params) -> dict[str, jax.Array]:
   """Parameters by dotted name: `layers.attention.query.kernel`."""
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def fingerprint(params: Params) -> str:
+  """16 hex digits that stand for the values of all parameters."""
+  digest = hashlib.blake2b(digest_size=8)
+  for path, value in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()
 
 
 def table(params: Params) -> str:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from famjax.convert.families import FAMILIES, from_hf, to_hf
+from famjax.convert.families import FAMILIES, carried, from_hf, to_hf
 from famjax.errors import UserError
 from famjax.model.config import ModelConfig
 from tests.convert import tiny
@@ -15,6 +15,7 @@ LLAMA = {
     "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
 }  # fmt: skip
+GELU = {"hidden_act": "gelu_pytorch_tanh"}
 SCALING = {
     "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
     "original_max_position_embeddings": 8192,
@@ -79,8 +80,36 @@ def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE of type 'yarn' is not one"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, "'chunked'"),
         ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window is set"),
+        ({"num_hidden_layers": None}, "llama: config.json lacks num_hidden_layers"),
+        ({"quantization_config": {"bits": 4}}, "llama: the weights are quantized"),
+        ({"partial_rotary_factor": 0.5}, "llama: partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
+        ({"model_type": "gemma2", "sliding_window": None} | GELU, "config.json lacks sliding_window"),
     ],
 )
 def test_what_cannot_be_converted(changes, message):
   with pytest.raises(UserError, match=message):
     from_hf(LLAMA | changes)
+
+
+def test_llama_scaling_without_the_context_it_was_trained_on():
+  short = {name: value for name, value in SCALING.items() if "original" not in name}
+  config = from_hf(LLAMA | {"rope_scaling": short, "max_position_embeddings": 4096})
+  assert config.rope_stretch == (1.0, 4.0, 4096)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transformers_4_finds_rope_where_it_looks(kind):
+  """It knows `rope_theta`, `rope_scaling` and `rope_local_base_freq` alone."""
+  config = from_hf(tiny.config(kind))
+  old = {name: value for name, value in to_hf(config).items() if name != "rope_parameters"}
+  assert from_hf(old) == config
+
+
+def test_an_export_keeps_other_entries_of_the_same_network_alone():
+  extra = {"max_position_embeddings": 999, "eos_token_id": [2, 7], "use_cache": False}
+  like = LLAMA | extra | {"rope_scaling": SCALING}
+  kept = carried(like, from_hf(like))
+  assert extra.items() <= kept.items() and "rope_scaling" not in kept
+  assert carried(like, dataclasses.replace(from_hf(like), num_layers=3)) == {"eos_token_id": [2, 7]}
+  assert carried({"model_type": "gpt2", "bos_token_id": 4}, from_hf(LLAMA)) == {"bos_token_id": 4}

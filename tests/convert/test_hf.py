@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from famjax.convert import hf
 from famjax.convert.families import FAMILIES
@@ -19,6 +20,7 @@ from famjax.model.decoder import Decoder
 from tests.convert import tiny
 
 torch = pytest.importorskip("torch", reason="the extra hf brings torch to Python 3.11 alone")
+import safetensors.torch  # pylint: disable=wrong-import-position
 TOKENS = np.random.default_rng(0).integers(3, 97, (2, 60))
 
 
@@ -79,6 +81,14 @@ def test_bfloat16_in_several_files(tmp_path):
   assert a["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_float16_is_read_as_float32(tmp_path):
+  expected = theirs(tiny.save("llama", tmp_path, dtype="float16").float())
+  params, config = hf.read(tmp_path)
+  assert config.param_dtype == "float32"
+  assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(params))
+  np.testing.assert_allclose(ours(tmp_path), expected, atol=1e-4)
+
+
 def test_an_export_is_cut_into_files(tmp_path, monkeypatch):
   tiny.save("llama", tmp_path / "in")
   params, config = hf.read(tmp_path / "in")
@@ -118,6 +128,27 @@ def broken(directory, what):
   elif what == "a cut file":
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[:1000])
+  elif what == "float8":
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+  elif what == "an index of nothing":
+    (directory / "model.safetensors.index.json").write_text("{}")
+  elif what == "an index of too much":
+    names = safetensors.torch.load_file(directory / "model.safetensors")
+    index = dict.fromkeys([*names, "model.layers.3.mlp.up_proj.weight"], "model.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    change(directory, num_hidden_layers=4)
+    for name in names:
+      if ".2." in name:
+        index[name.replace(".2.", ".3.")] = "model.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+  elif what == "another memory":
+    (directory / "famjax.json").write_text('{"size": 3}')
+  elif what == "weights of another memory":
+    memory = MemoryConfig("fam", 8, 1, 2)
+    (directory / "famjax.json").write_text(json.dumps(dataclasses.asdict(memory)))
+    save_file({"fam_prompt": np.ones((3, 32), np.float32)}, directory / "famjax.safetensors")
   elif what == "no JSON":
     (directory / "config.json").write_text('{"model_type"')
 
@@ -136,6 +167,11 @@ def change(directory, **values):
         ("a tensor too few", r"lacks the tensor model.layers.3"),
         ("no weights", "has no model.safetensors: convert its weights to safetensors first"),
         ("a cut file", "cannot be read .*: fetch it again"),
+        ("float8", "stores model.norm.weight as F8_E4M3; there is F32, BF16, F16"),
+        ("an index of nothing", "index.json has no weight_map: fetch it again"),
+        ("an index of too much", "model.safetensors lacks model.layers.3.*which the index says it has"),
+        ("another memory", "famjax.json is no memory that famjax knows .*size"),
+        ("weights of another memory", r"safetensors holds .*3, 32.*takes fam_prompt \(2, 32\)"),
         ("no JSON", "config.json cannot be read .*: fetch it again"),
     ],
 )

@@ -70,13 +70,13 @@ def load(directory: pathlib.Path):
   ).eval()
 
 
-def save_tokenizer(directory: pathlib.Path, text: str) -> None:
+def save_tokenizer(directory: pathlib.Path, text: str, adds_space: bool = False) -> None:
   """Trains a small byte-level tokenizer with `<s>` before every text, as Llama's has."""
   import tokenizers  # pylint: disable=import-outside-toplevel
   from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # pylint: disable=import-outside-toplevel
 
   tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
       vocab_size=300, special_tokens=["<pad>", "<s>", "</s>", "<|turn|>"],

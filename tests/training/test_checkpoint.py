@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from famjax.errors import UserError
-from famjax.training.checkpoint import About, Checkpoints, adopt, list_steps, load_params
+from famjax.training.adoption import adopt
+from famjax.training.checkpoint import About, Checkpoints, list_steps, load_params
 from tests.training import toy
 
 # Orbax leaves reads behind when a load fails, and pytest hears of them.
@@ -175,3 +176,29 @@ def test_a_fam_is_added_to_a_model_without_one():
   assert all((embedding == row).all(-1).any() for row in np.asarray(prompt))
   toy.assert_equal(adopt(bare, fam, seed=1), {k: v for k, v in fam.items() if k != "fam_prompt"})
   toy.assert_equal(adopt(fam, fam, seed=1), fam)
+
+
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        (ABOUT._replace(format=1), "another version of famjax .its format is 1, this one's 2"),
+        (ABOUT._replace(trainable="lora"), "of a run that trains 'lora', not 'full'"),
+    ],
+)
+def test_a_run_that_cannot_be_gone_on_with_is_named_and_not_set_aside(about, message, tmp_path):
+  with Checkpoints(tmp_path, 3) as checkpoints:
+    checkpoints.save(filled(), np.zeros(2, np.int64), about, 1)
+  with pytest.raises(UserError, match=message):
+    restore(tmp_path)
+  assert list_steps(tmp_path) == [1]
+
+
+def test_one_model_said_in_two_ways_is_one_model(tmp_path):
+  save(tmp_path, 1)
+  said = change(
+      toy.MODEL, num_kv_heads=toy.MODEL.kv_heads, head_dim=toy.MODEL.head_width,
+      ff_dim=toy.MODEL.hidden_width, layer_kinds=("global",) * toy.MODEL.num_layers,
+      lora_targets=("query",),
+  )  # fmt: skip
+  assert said != toy.MODEL and said.normalised() == toy.MODEL.normalised()
+  assert restore(tmp_path, said) is not None

@@ -62,3 +62,12 @@ def test_utilisation():
   assert utilisation(flops, rate, "TPU v5 lite") == pytest.approx(1)
   assert utilisation(flops, rate, "TPU v5 lite", devices=4) == pytest.approx(0.25)
   assert utilisation(flops, rate, "cpu") is None
+
+
+def test_a_frozen_model_costs_two_passes_of_its_matrices_and_three_of_its_attention():
+  config = ModelConfig()
+  N, F, L = config.memory.block_size, config.memory.length, config.num_layers
+  whole, frozen = (flops_per_token(config, 2048, frozen=frozen) for frozen in (False, True))
+  assert frozen.attention == whole.attention and frozen.matrices == whole.matrices * 2 / 3
+  attention = 3 * L / N * 4 * config.num_heads * config.head_width * F * (2 * N + F)
+  assert frozen.fam - attention == pytest.approx((whole.fam - attention) * 2 / 3)

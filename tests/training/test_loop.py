@@ -274,3 +274,18 @@ def test_a_broken_checkpoint_is_passed_over_with_a_line(tmp_path, capsys):
   assert f"checkpoint {step} is not whole" in out and "resuming" in out and "after step 2" in out
   toy.assert_equal(jax.device_get(again.state), wanted)
   assert list_steps(tmp_path / "checkpoints") == [2, 4]
+
+
+def test_an_ordinary_decoder_trains_within_its_context(tmp_path):
+  full = lambda segments: change(
+      toy.MODEL, memory=change(toy.MODEL.memory, kind="full", memory_segments=segments)
+  )
+  length = toy.ToyReader().length
+  blocks = length // toy.MODEL.memory.block_size
+  one = change(toy.TRAIN, train_steps=1)
+  with pytest.raises(UserError, match=f"{length} tokens are more than the"):
+    train(tmp_path / "a", one, model=full(blocks - 2))
+  with pytest.raises(UserError, match="follow_rows is set, and full attention has room"):
+    train(tmp_path / "b", change(one, follow_rows=True), model=full(blocks - 1))
+  assert not list(tmp_path.iterdir())
+  train(tmp_path / "c", one, model=full(blocks - 1))

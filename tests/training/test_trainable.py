@@ -11,8 +11,8 @@ import pytest
 from famjax.errors import UserError
 from famjax.model import lora
 from famjax.model.decoder import Decoder
-from famjax.training import loop, parameters, trainable
-from famjax.training.checkpoint import Loaded, list_steps, load_params
+from famjax.training import adoption, loop, parameters, trainable
+from famjax.training.checkpoint import Loaded, list_steps, load_params, save_base
 from famjax.training.train_state import split
 from tests.training import toy
 
@@ -106,7 +106,7 @@ def test_a_run_can_start_from_one_with_other_lora():
   """The same goes on; another starts from the matrices with the first one's products in them."""
   fresh = lambda config: lambda: split(Decoder(config, rngs=nnx.Rngs(1)))[1]
   loaded = Loaded(jax.jit(fresh(LORA))(), LORA, "toy", 1)
-  start = lambda config: loop._as_factors(loaded, config, fresh(config))
+  start = lambda config: adoption._as_factors(loaded, config, fresh(config))
   same, nothing = start(LORA)
   assert same is loaded.params and nothing == {}
   merged, _ = lora.merge(loaded.params, LORA)
@@ -134,3 +134,31 @@ def test_sets_that_a_model_has_not(model, chosen, message, tmp_path):
   with pytest.raises(UserError, match=message):
     train(tmp_path / "run", model, trainable=chosen)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_a_run_that_never_had_a_checkpoint_is_replaced(base, tmp_path):
+  """Its start has moved on meanwhile; and its writing may have been cut off."""
+  save_base(tmp_path, {"kernel": np.ones(3, np.float32)})
+  whole = train(tmp_path, LORA, train_steps=1, init_checkpoint=str(base))
+  loaded = load_params(tmp_path)
+  toy.assert_equal(
+      jax.device_get(loaded.params),
+      jax.device_get(trainable.join(whole.state.params, whole.state.frozen)),
+  )
+  cut = tmp_path / "cut"
+  save_base(cut, {"kernel": np.ones(3, np.float32)})
+  (cut / "base" / "0" / "commit_success.txt").unlink()
+  assert save_base(cut, {"kernel": np.zeros(3, np.float32)}) == save_base(
+      cut, {"kernel": np.zeros(3, np.float32)}
+  )
+
+
+def test_factors_are_not_put_on_another_base(base, tmp_path):
+  result = train(tmp_path, LORA, train_steps=1, init_checkpoint=str(base))
+  save_base(tmp_path, jax.tree.map(lambda x: x + 1, result.state.frozen))
+  for again in (
+      lambda: load_params(tmp_path),
+      lambda: train(tmp_path, LORA, train_steps=2, init_checkpoint=str(base)),
+  ):
+    with pytest.raises(UserError, match="base/0 holds other parameters .* put the right ones back"):
+      again()

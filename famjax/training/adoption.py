@@ -1,0 +1,95 @@
+"""A run's parameters from another one's checkpoint: what is taken, merged, drawn anew."""
+
+from collections.abc import Callable
+
+import jax
+
+from famjax.model import lora
+from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.training import trainable
+from famjax.training.checkpoint import Loaded, check_model, check_vocabulary, load_params
+from famjax.training.config import TrainConfig
+from famjax.training.train_state import Params
+from famjax.training.trainable import join
+
+_LORA = ("lora_rank", "lora_alpha", "lora_targets")
+# What a checkpoint's model may have otherwise when its parameters start another run.
+_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
+
+
+def from_checkpoint(
+    config: TrainConfig, model: ModelConfig, vocabulary: str, fresh_params: Callable[[], Params]
+) -> tuple[Params, list[str]]:
+  """Another checkpoint's parameters as those of a model, and what there is to say about them.
+
+  Args:
+    config: `init_checkpoint` and `seed`.
+    model: of the new run.
+    vocabulary: its name.
+    fresh_params: makes the new run's parameters at random.
+
+  Raises:
+    UserError: the checkpoint is of another model or vocabulary.
+  """
+  path = config.init_checkpoint
+  loaded = load_params(path)
+  check_model(path, loaded.model, model, _MAY_DIFFER)
+  check_vocabulary(path, loaded.vocabulary, vocabulary)
+  wanted = jax.eval_shape(fresh_params)
+  params, factors = _as_factors(loaded, model, fresh_params)
+  notes = [f"starting from the parameters of {path}, step {loaded.step}"]
+  notes += [
+      f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
+      for name in new_fam(wanted, loaded.params)
+  ]
+  return adopt(wanted, params, config.seed, factors), notes
+
+
+def _as_factors(
+    loaded: Loaded, model: ModelConfig, fresh_params: Callable[[], Params]
+) -> tuple[Params, Params]:
+  """A checkpoint's parameters for a model, and the LoRA factors that these lack.
+
+  A checkpoint with the same LoRA goes on with it; another one's is merged into its matrices.
+  """
+  if any(getattr(loaded.model, name) != getattr(model, name) for name in _LORA):
+    params, _ = lora.merge(loaded.params, loaded.model)
+    if model.lora_rank:
+      factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()
+      return params, {name: tree for name, tree in factors.items() if name not in FAM_WEIGHTS}
+    return params, {}
+  return loaded.params, {}
+
+
+def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) -> Params:
+  """Fresh parameters with the loaded ones of the same model in their places.
+
+  A FAM that the checkpoint lacks, or has with another shape (`new_fam`), starts as in the paper
+  (SPEC 2, B.1): from the embeddings, here the loaded ones, of tokens drawn at random.
+
+  Args:
+    fresh: of the new model.
+    loaded: from `load_params`; the two models differ in their memory at most, see `check_model`.
+    seed: of the draw.
+    lora: LoRA's factors, which the checkpoint lacks.
+  """
+  embedding = loaded["embedder"]["embedding"]
+  adopted = {name: value for name, value in loaded.items() if name not in FAM_WEIGHTS}
+  for name in FAM_WEIGHTS:
+    if name in fresh and name not in new_fam(fresh, loaded):
+      adopted[name] = loaded[name]
+    elif name in fresh:
+      places = fresh[name].shape[:-1]
+      drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
+      adopted[name] = embedding[drawn]
+  adopted = join(adopted, lora or {})
+  return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
+
+
+def new_fam(fresh: Params, loaded: Params) -> list[str]:
+  """Names of a model's FAM weights that loaded parameters lack, or have with another shape."""
+  return [
+      name
+      for name in FAM_WEIGHTS
+      if name in fresh and (name not in loaded or loaded[name].shape != fresh[name].shape)
+  ]
