@@ -83,7 +83,7 @@ def two_panels(path: pathlib.Path, shape: Shape, xlabel: str, base: int):
     axes.set_yscale("log")
     axes.set_xlabel(xlabel)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
   figure.suptitle(_describe(shape))
   figure.savefig(path)
   plt.close(figure)
