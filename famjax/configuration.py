@@ -31,6 +31,7 @@ from famjax import data
 from famjax.errors import UserError
 from famjax.evaluation import passkey, study
 from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.training.adoption import model_of
 from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, check, train
 from famjax.training.optimizer import OptimizerConfig
@@ -55,8 +56,8 @@ CONFIGURABLE = {
     thing.__name__: thing
     for thing in (
         train, TrainConfig, ModelConfig, MemoryConfig, OptimizerConfig,
-        data.load_vocabulary, vocabulary_size,
-        data.PassKeyExamples, data.Lengths, data.LongText, data.TaskExamples,
+        data.load_vocabulary, vocabulary_size, model_of,
+        data.PassKeyExamples, data.Lengths, data.LongText, data.PairFiles, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,
         passkey.PassKeyEval, study.Study,
     )

@@ -3,11 +3,14 @@
 import pathlib
 
 import gin
+import numpy as np
 import pytest
 
 from famjax import configuration
 from famjax.configuration import CONFIGURABLE, configure, operative_settings, quoted
 from famjax.errors import UserError
+from famjax.model.config import ModelConfig
+from famjax.training.checkpoint import About, save_params
 
 GIN = pathlib.Path(configuration.__file__).parent.parent / "gin"
 RUN = "gin/runs/long_text.gin"
@@ -15,9 +18,13 @@ RUN = "gin/runs/long_text.gin"
 REQUIRED = {
     "packed_task": ["TASK=passkey", "VOCABULARY=bytes"],
     "passkey_base": ["TRAIN_STEPS=10", "LONGEST_BLOCKS=8"],
+    "finetune_flan": ["INITIAL_CHECKPOINT=runs/base", "VOCABULARY=bytes", "DATA=pairs.jsonl"],
 }
 # Files that stack on another run than RUN.
-RUN_OF = dict.fromkeys(["passkey_examples", "passkey_short"], "gin/runs/passkey.gin")
+RUN_OF = {
+    **dict.fromkeys(["passkey_examples", "passkey_short"], "gin/runs/passkey.gin"),
+    **dict.fromkeys(["seqio_task", "model_of_checkpoint"], "gin/runs/finetune_flan.gin"),
+}
 
 
 def files(folder):
@@ -33,7 +40,17 @@ def resolve(gin_files, bindings):
   return arguments
 
 
+@pytest.fixture(name="pairs")
+def _pairs(tmp_path, monkeypatch):
+  """A working directory with a file of pairs, and a checkpoint's model."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "pairs.jsonl").write_text('{"inputs": "Say it.", "targets": "It."}\n')
+  about = About(ModelConfig(vocab_size=320, num_layers=1), "bytes")
+  save_params(tmp_path / "runs" / "base", {"x": np.zeros(1)}, about)
+
+
 @pytest.mark.parametrize("path", files("runs"))
+@pytest.mark.usefixtures("pairs")
 def test_every_run_resolves(path):
   name = pathlib.Path(path).stem
   with pytest.raises(UserError, match="RUN_DIR"):
@@ -52,8 +69,14 @@ def test_every_run_resolves(path):
 
 
 @pytest.mark.parametrize("path", files("models") + files("memory") + files("options"))
+@pytest.mark.usefixtures("pairs")
 def test_every_other_file_stacks_on_a_run(path):
-  resolve([RUN_OF.get(pathlib.Path(path).stem, RUN), path], ["BATCH_SIZE=4"])
+  name = pathlib.Path(path).stem
+  run = RUN_OF.get(name, RUN)
+  bindings = [*REQUIRED.get(pathlib.Path(run).stem, []), "BATCH_SIZE=4"]
+  if name == "seqio_task":
+    bindings = [b for b in bindings if not b.startswith("DATA")] + ["TASK=passkey"]
+  resolve([run, path], bindings)
   text = (GIN.parent / path).read_text()
   assert text.startswith("# ")  # the first line says what it is
 

@@ -66,6 +66,26 @@ def is_hf(path: pathlib.Path) -> bool:
   return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
 
 
+def read_config(path: pathlib.Path) -> ModelConfig:
+  """Reads a model's configuration alone; see `read`."""
+  with _Tensors(path) as tensors:
+    return _config(path, tensors, None)
+
+
+def _config(path: pathlib.Path, tensors: "_Tensors", param_dtype: str | None) -> ModelConfig:
+  hf = read_json(path / "config.json")
+  config = from_hf(hf)
+  dtype = param_dtype or tensors.dtype(_TENSORS["embedder/embedding"])
+  config = dataclasses.replace(
+      config, memory=_memory(path, hf), param_dtype=dtype, compute_dtype=dtype
+  )
+  try:
+    config.validate()
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+  return config
+
+
 def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, ModelConfig]:
   """Reads a model.
 
@@ -81,21 +101,11 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
   Raises:
     UserError: no such family, or a tensor is missing, unknown, or of another shape.
   """
-  hf = read_json(path / "config.json")
-  config = from_hf(hf)
   with _Tensors(path) as tensors:
-    if param_dtype is None:
-      param_dtype = tensors.dtype(_TENSORS["embedder/embedding"])
-    config = dataclasses.replace(
-        config, memory=_memory(path, hf), param_dtype=param_dtype, compute_dtype=param_dtype
-    )
-    try:
-      config.validate()
-    except UserError as error:
-      raise UserError(f"{path}: {error}") from None
+    config = _config(path, tensors, param_dtype)
     leaves, unused = {}, set(tensors.names)
     for name, shape in _leaves(config).items():
-      leaf = _aligned(shape, param_dtype)
+      leaf = _aligned(shape, config.param_dtype)
       for tensor, place in _places(name, config):
         into = leaf if place is None else leaf[place]
         into[...] = _from_torch(name, tensors.read(tensor), into.shape, tensor)

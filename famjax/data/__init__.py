@@ -9,6 +9,7 @@ from famjax.data.examples import PairExamples
 from famjax.data.examples import Source
 from famjax.data.examples import TaskExamples
 from famjax.data.long_text import LongText
+from famjax.data.pair_files import PairFiles
 from famjax.data.passkey import Lengths
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.passkey import PassKeyExamples
@@ -31,6 +32,7 @@ __all__ = [
     "LongText",
     "PackedReader",
     "PairExamples",
+    "PairFiles",
     "PassKeyExamples",
     "PassKeyFormat",
     "Reader",

@@ -15,7 +15,7 @@ from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
 # Streams of random numbers that must not be the same numbers (see `generator`).
-EXAMPLE, ORDER, REPEAT = range(3)
+EXAMPLE, ORDER, REPEAT, TEMPLATE = range(4)
 
 
 class Source(Protocol):

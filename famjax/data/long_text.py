@@ -114,7 +114,7 @@ class LongText:
       raise UserError(f"excerpt_tokens {excerpt_tokens}: use at least 2, or none for whole files")
     self.vocabulary = vocabulary
     self.files = find_files(directory, patterns, split)
-    self.fingerprint = _fingerprint(self.files)
+    self.fingerprint = fingerprint(self.files)
     self._begin = begin_ids(vocabulary)
     self._excerpt = excerpt_tokens
     self._shuffle = shuffle
@@ -147,7 +147,8 @@ class LongText:
     return tokens
 
 
-def _fingerprint(files: Sequence[pathlib.Path]) -> str:
+def fingerprint(files: Sequence[pathlib.Path]) -> str:
+  """How many files there are, and a hash of their order, names and sizes."""
   root = os.path.commonpath([path.parent for path in files])
   listing = [(os.path.relpath(path, root), path.stat().st_size) for path in files]
   return f"{len(files)} files, {hashlib.sha256(repr(listing).encode()).hexdigest()[:8]}"

@@ -158,7 +158,8 @@ def load_vocabulary(name: str) -> Vocabulary:
 
   Args:
     name: "bytes"; "passkey_words", the closed vocabulary of the PassKey text; the path of a
-      SentencePiece model; or a Hugging Face directory, whose tokenizer it is.
+      SentencePiece model; or a Hugging Face directory, or a run converted from one, whose tokenizer it
+      is.
 
   Raises:
     UserError: the name is none of these, or the file is missing or is not such a model.
@@ -169,13 +170,12 @@ def load_vocabulary(name: str) -> Vocabulary:
     from famjax.data import passkey  # pylint: disable=g-import-not-at-top  (passkey imports this)
 
     return WordVocabulary.from_texts(t.format(key="") for t in passkey.TEMPLATES)
-  path = pathlib.Path(name)
-  if (path / "tokenizer.json").is_file():
+  path = _file(name)
+  if path is not None and path.name == "tokenizer.json":
     from famjax.data import tokenizers  # pylint: disable=g-import-not-at-top
 
-    return tokenizers.TokenizerVocabulary(name)
-  model = path / "tokenizer.model"
-  return SentencePieceVocabulary(str(model) if model.is_file() else name)
+    return tokenizers.TokenizerVocabulary(str(path.parent))
+  return SentencePieceVocabulary(name if path is None else str(path))
 
 
 def begin_ids(vocabulary: Vocabulary) -> list[int]:
@@ -192,7 +192,9 @@ def same_vocabulary(a: str, b: str) -> bool:
 def _file(name: str) -> pathlib.Path | None:
   """The file that a vocabulary comes from, if it is there."""
   path = pathlib.Path(name)
-  places = (path / "tokenizer.json", path / "tokenizer.model", path)
+  folders = (path, path / "tokenizer")
+  places = [folder / file for folder in folders for file in ("tokenizer.json", "tokenizer.model")]
+  places = [*places, path]
   return next((place for place in places if place.is_file()), None)
 
 

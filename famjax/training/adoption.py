@@ -1,13 +1,15 @@
 """A run's parameters from another one's checkpoint: what is taken, merged, drawn anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import dataclasses
 
 import jax
 
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.training import trainable
-from famjax.training.checkpoint import Loaded, check_model, check_vocabulary, load_params
+from famjax.training.checkpoint import Loaded, check_model, check_vocabulary
+from famjax.training.checkpoint import load_params, read_model
 from famjax.training.config import TrainConfig
 from famjax.training.train_state import Params
 from famjax.training.trainable import join
@@ -15,6 +17,41 @@ from famjax.training.trainable import join
 _LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What a checkpoint's model may have otherwise when its parameters start another run.
 _MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
+
+
+def model_of(
+    checkpoint: str,
+    memory: MemoryConfig = MemoryConfig(),
+    *,
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] = ModelConfig.lora_targets,
+    compute_dtype: str | None = None,
+    param_dtype: str | None = None,
+    remat: str = "none",
+) -> ModelConfig:
+  """The configuration of a checkpoint's model, with a memory and LoRA of its own.
+
+  Args:
+    checkpoint: as `TrainConfig.init_checkpoint`.
+    memory: of the new run.
+    lora_rank, lora_alpha, lora_targets, remat: of the new run, see `ModelConfig`.
+    compute_dtype, param_dtype: of the new run; None: the checkpoint's.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  found = read_model(checkpoint)
+  return dataclasses.replace(
+      found,
+      memory=memory,
+      lora_rank=lora_rank,
+      lora_alpha=lora_alpha,
+      lora_targets=tuple(lora_targets),
+      compute_dtype=compute_dtype or found.compute_dtype,
+      param_dtype=param_dtype or found.param_dtype,
+      remat=remat,
+  )
 
 
 def from_checkpoint(

@@ -294,6 +294,29 @@ def read_about(path: pathlib.Path) -> About:
   )
 
 
+def read_model(path: str | pathlib.Path) -> ModelConfig:
+  """Reads the configuration of a checkpoint's model, of any path that `load_params` takes.
+
+  Raises:
+    UserError: as `load_params`.
+  """
+  path = pathlib.Path(path).absolute()
+  if hf.is_hf(path):
+    return hf.read_config(path)
+  directory, steps = _steps_at(path)
+  for step in steps:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not whole
+      return read_about(directory / str(step)).model
+  raise UserError(f"no famjax checkpoint can be read at {path}: name a run's directory")
+
+
+def _steps_at(path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """The directory of the checkpoints that a path means, and which, the newest first."""
+  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  steps = list_steps(directory)[::-1]
+  return (path.parent, [int(path.name)]) if not steps and path.name.isdigit() else (directory, steps)
+
+
 class Loaded(NamedTuple):
   """What `load_params` read.
 
@@ -324,10 +347,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   if hf.is_hf(path):
     params, model = hf.read(path)
     return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
-  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = list_steps(directory)[::-1]
-  if not steps and path.name.isdigit():
-    directory, steps = path.parent, [int(path.name)]
+  directory, steps = _steps_at(path)
   reasons = []
   for step in steps:
     try:
