@@ -18,6 +18,7 @@ RUN = "gin/runs/long_text.gin"
 REQUIRED = {
     "packed_task": ["TASK=passkey", "VOCABULARY=bytes"],
     "passkey_base": ["TRAIN_STEPS=10", "LONGEST_BLOCKS=8"],
+    "retrofit": ["INITIAL_CHECKPOINT=runs/base", "VOCABULARY=bytes"],
     "finetune_flan": ["INITIAL_CHECKPOINT=runs/base", "VOCABULARY=bytes", "DATA=pairs.jsonl"],
 }
 # Files that stack on another run than RUN.

@@ -16,6 +16,8 @@ class TrainConfig:
     follow_rows: each row of the batch goes on, from step to step, in the document that its reader
       follows: FAM and memory segments are carried, without gradient. Otherwise every row starts
       anew in every step.
+    objective: "next_token", or "distill": the next-token distribution of the frozen original with
+      full attention over the same rows (`distillation`). Evaluation is by next tokens in any case.
     trainable: the parameters that are trained: "full", "lora" (LoRA's factors and the FAM's own
       weights), "fam" (those alone: a memory for a frozen model); None: "lora" for a model that has
       LoRA, "full" for one that has not.
@@ -43,6 +45,7 @@ class TrainConfig:
   seed: int = 0
   accumulate: int = 1
   follow_rows: bool = False
+  objective: str = "next_token"
   trainable: str | None = None
   fam_noise: float = 0.0
   fam_noise_from: int = 0
@@ -72,6 +75,8 @@ class TrainConfig:
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+    if self.objective not in ("next_token", "distill"):
+      raise UserError(f"objective {self.objective!r} is unknown; choose next_token or distill")
     if self.fam_noise and not self.follow_rows:
       raise UserError(
           f"fam_noise is {self.fam_noise}, and no row is followed from step to step, so that it would"

@@ -12,7 +12,8 @@ A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
 
 Training is three times the forward pass: the backward pass makes a gradient for each of the two
 factors of every product. For products with matrices that are not trained (LoRA) it is twice, and
-attention, the FAM's too, remains three times; LoRA's own products are left out. What rematerialisation computes again is not counted, so that a policy
+attention, the FAM's too, remains three times; LoRA's own products are left out. A teacher adds its
+forward pass. What rematerialisation computes again is not counted, so that a policy
 that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
 left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).
 
@@ -76,8 +77,9 @@ def visible_keys(memory: MemoryConfig, length: int, followed: bool) -> float:
 
 
 def flops_per_token(
-    config: ModelConfig, length: int, followed: bool = False, frozen: bool = False
-) -> FlopsPerToken:
+    config: ModelConfig, length: int, followed: bool = False, frozen: bool = False,
+    teacher: ModelConfig | None = None,
+) -> FlopsPerToken:  # fmt: skip
   """Training FLOPs per token; see the formula above.
 
   Args:
@@ -85,6 +87,7 @@ def flops_per_token(
     length: S, tokens of a row in one step.
     followed: rows go on from step to step.
     frozen: the matrices are not trained: no gradient is made for them, only for their inputs.
+    teacher: of a model that is run forward beside it.
   """
   L, D, V, ff = config.num_layers, config.model_dim, config.vocab_size, config.hidden_width
   H, K, d = config.num_heads, config.kv_heads, config.head_width
@@ -98,7 +101,13 @@ def flops_per_token(
   matrices = 2 * (L * layer + D * V)
   passes = 2.0 if frozen else 3.0
   fam = L / N * (passes * 2 * F * layer + 3.0 * attend * F * (2 * N + F))
-  return FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), fam)
+  own = FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), fam)
+  if teacher is None:
+    return own
+  forward = flops_per_token(teacher, length)
+  return FlopsPerToken(
+      own.matrices + forward.matrices / 3, own.attention + forward.attention / 3, own.fam
+  )
 
 
 def utilisation(

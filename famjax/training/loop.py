@@ -20,7 +20,7 @@ from famjax.errors import DivergedError, UserError
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
-from famjax.training import parameters, run_directory, trainable
+from famjax.training import distillation, parameters, run_directory, trainable
 from famjax.training.adoption import from_checkpoint
 from famjax.training.checkpoint import About, Checkpoints, save_base
 from famjax.training.config import TrainConfig
@@ -28,7 +28,7 @@ from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import TrainState, init_train_state, split
+from famjax.training.train_state import TrainState, init_train_state, split, structure
 
 
 class TrainResult(NamedTuple):
@@ -85,15 +85,18 @@ def train(
   run_dir = pathlib.Path(run_dir)
 
   # ------------------------------------------------------------------------- model and optimizer
-  graphdef, _ = split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+  graphdef = structure(model)
   transformation = make_optimizer(optimizer, config.train_steps)
   schedule = make_schedule(optimizer, config.train_steps)
-  train_step = make_train_step(graphdef, model, config, transformation, schedule)
+  chosen, length = trainable.choose(config.trainable, model), train_reader.length
+  teacher = None
+  if config.objective == "distill":
+    teacher = distillation.teacher_config(model, chosen, length)
+  train_step = make_train_step(graphdef, model, config, transformation, schedule, teacher)
   eval_step = make_eval_step(graphdef, model, config)
-  chosen = trainable.choose(config.trainable, model)
   flops = flops_per_token(
-      model, train_reader.length, config.follow_rows, frozen=chosen != "full"
-  )  # fmt: skip
+      model, length, config.follow_rows, frozen=chosen != "full", teacher=teacher
+  )
   about = About(model, vocabulary, chosen)
 
   def begin(params):
@@ -227,7 +230,7 @@ def check(
   for part in (model, optimizer, config):
     part.validate()
   config.check_batch_size(train_reader.batch_size)
-  trainable.choose(config.trainable, model)
+  distillation.check(config, trainable.choose(config.trainable, model))
   if model.memory.context is not None and config.follow_rows:
     raise UserError(
         "follow_rows is set, and full attention has room for so many tokens alone: leave it out, or"

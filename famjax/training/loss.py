@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch.
+"""Next-token losses that never hold the logits of a whole batch.
 
 With a vocabulary of 256k and rows of 8.5k tokens, the logits of one row alone are 8.7 GB. They are
 needed a chunk of tokens at a time only, forward and backward.
@@ -16,7 +16,7 @@ class LossSums(NamedTuple):
   """Sums over tokens; a mean is a sum divided by `weight`.
 
   Attributes:
-    loss: float32 scalar, weighted cross-entropy in nats.
+    loss: float32 scalar, weighted cross-entropy, or divergence from a teacher, in nats.
     weight: float32 scalar, sum of the loss weights.
     correct: float32 scalar, sum of the weights of tokens that the largest logit predicts.
   """
@@ -49,21 +49,56 @@ def next_token_loss(
   Returns:
     Sums over all tokens.
   """
+
+  def of_chunk(hidden, targets):
+    logits = logits_fn(hidden).astype(jnp.float32)  # [B, c, V]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, c]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen, logits
+
+  return _in_chunks(of_chunk, hidden, (), targets, weights, chunk_tokens)
+
+
+def distillation_loss(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: Float[Array, "B S D"],
+    teacher_logits_fn: Callable[[jax.Array], jax.Array],
+    teacher_hidden: Float[Array, "B S D"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    chunk_tokens: int = 1024,
+) -> LossSums:
+  """Weighted divergence KL(teacher || student) of next-token distributions, chunk by chunk.
+
+  Args are those of `next_token_loss`; the teacher's have no gradient, and `targets` count for
+  `correct` alone.
+  """
+
+  def of_chunk(hidden, targets, teacher_hidden):
+    del targets
+    logits = logits_fn(hidden).astype(jnp.float32)  # [B, c, V]
+    taught = jax.lax.stop_gradient(teacher_logits_fn(teacher_hidden).astype(jnp.float32))
+    wanted = jax.nn.log_softmax(taught, axis=-1)
+    apart = wanted - jax.nn.log_softmax(logits, axis=-1)
+    return (jnp.exp(wanted) * apart).sum(-1), logits
+
+  return _in_chunks(of_chunk, hidden, (teacher_hidden,), targets, weights, chunk_tokens)
+
+
+def _in_chunks(of_chunk, hidden, more, targets, weights, chunk_tokens) -> LossSums:
+  """Sums of `of_chunk(hidden, targets, *more)`: the loss of each token `[B, c]`, and the logits."""
   cut = _cutter(hidden, chunk_tokens)
 
   @jax.checkpoint
   def add_chunk(sums, chunk):
-    hidden, targets, weights = chunk
-    logits = logits_fn(hidden).astype(jnp.float32)  # [B, c, V]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, c]
-    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+    hidden, more, targets, weights = chunk
+    loss, logits = of_chunk(hidden, targets, *more)
     correct = jnp.argmax(logits, axis=-1) == targets
     new = LossSums((loss * weights).sum(), weights.sum(), (correct * weights).sum())
     return jax.tree.map(jnp.add, sums, new), None
 
   zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-  weights = weights.astype(jnp.float32)
-  sums, _ = jax.lax.scan(add_chunk, zero, (cut(hidden), cut(targets), cut(weights)))
+  chunks = jax.tree.map(cut, (hidden, more, targets, weights.astype(jnp.float32)))
+  sums, _ = jax.lax.scan(add_chunk, zero, chunks)
   return sums
 
 

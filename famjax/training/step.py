@@ -12,8 +12,8 @@ from famjax.model.config import ModelConfig
 from famjax.model.rope import wavelength
 from famjax.model.state import State, empty_state, restart
 from famjax.training.config import TrainConfig
-from famjax.training.loss import LossSums, next_token_loss
-from famjax.training.train_state import Params, TrainState
+from famjax.training.loss import LossSums, distillation_loss, next_token_loss
+from famjax.training.train_state import Params, TrainState, structure
 from famjax.training.trainable import join
 
 Batch = dict[str, jax.Array]
@@ -26,6 +26,7 @@ def make_train_step(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
+    teacher: ModelConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Makes the training step.
 
@@ -36,6 +37,8 @@ def make_train_step(
       `loss_chunk`.
     optimizer: optax transformation.
     schedule: step to learning rate, for the metrics.
+    teacher: configuration of the decoder to learn from, whose parameters are the frozen ones (`distillation`);
+      None: from the next tokens.
 
   Returns:
     A jitted function of a state, whose memory it takes over, and a batch: `tokens`, `targets`
@@ -45,15 +48,21 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`.
   """
 
+  teacher_graph = None if teacher is None else structure(teacher)
+
   def loss_of_rows(params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch]):
     memory, start, batch = rows
     model = nnx.merge(graphdef, join(params, frozen))
     hidden, after = model.hidden(
         batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"], aligned=True
     )
-    sums = next_token_loss(
-        model.logits, hidden, batch["targets"], batch["weights"], config.loss_chunk
-    )
+    wanted = batch["targets"], batch["weights"], config.loss_chunk
+    if teacher_graph is None:
+      sums = next_token_loss(model.logits, hidden, *wanted)
+    else:
+      original = nnx.merge(teacher_graph, frozen)
+      taught, _ = original.hidden(batch["tokens"], lengths=batch["lengths"])
+      sums = distillation_loss(model.logits, hidden, original.logits, taught, *wanted)
     kept = (after.fam[:, 0], after.fam_updates[0])  # row 0's
     return sums.loss, (sums, kept, after if config.follow_rows else None)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from famjax.model.config import ModelConfig
+from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
 from famjax.training.config import TrainConfig
 
@@ -49,6 +50,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
   """
   graphdef, params = nnx.split(model)
   return graphdef, nnx.to_pure_dict(params)
+
+
+def structure(config: ModelConfig) -> nnx.GraphDef:
+  """The structure of a configuration's `Decoder`; no weight is made."""
+  return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
 
 
 def init_train_state(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from famjax.training.loss import next_token_loss
+from famjax.training.loss import distillation_loss, next_token_loss
 
 
 def make(B, S, D, V, seed=0):
@@ -38,6 +38,36 @@ def test_equals_direct_loss_and_gradient(chunk_tokens):
       evaluate(chunked),
       evaluate(direct),
   )
+
+
+@pytest.mark.parametrize("chunk_tokens", [6, 4096])
+def test_divergence_from_a_teacher_equals_the_direct_one(chunk_tokens):
+  hidden, head, targets, weights = make(3, 17, 8, 29)
+  taught, teacher, _, _ = make(3, 17, 8, 29, seed=1)
+
+  def chunked(hidden, head, taught, teacher):
+    sums = distillation_loss(
+        lambda h: h @ head, hidden, lambda h: h @ teacher, taught, targets, weights, chunk_tokens
+    )
+    return sums.loss, (sums.weight, sums.correct)
+
+  def expected(hidden, head, taught, teacher):
+    p, q = (jax.nn.softmax(h @ w) for h, w in ((taught, teacher), (hidden, head)))
+    p = jax.lax.stop_gradient(p)
+    loss = (p * (jnp.log(p) - jnp.log(q))).sum(-1)
+    return (loss * weights).sum(), direct(hidden, head, targets, weights)[1]
+
+  every = (0, 1, 2, 3)
+  evaluate = lambda f: jax.value_and_grad(f, every, has_aux=True)(hidden, head, taught, teacher)
+  found = evaluate(chunked)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=1e-5), found, evaluate(expected)
+  )
+  assert found[0][0] > 1 and not np.any(found[1][2]) and not np.any(found[1][3])
+  same = distillation_loss(
+      lambda h: h @ head, hidden, lambda h: h @ head, hidden, targets, weights, chunk_tokens
+  )
+  assert abs(same.loss) < 1e-4
 
 
 def test_a_large_vocabulary_stands_in_memory_a_chunk_at_a_time():
