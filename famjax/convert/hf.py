@@ -6,7 +6,6 @@ that no more than the model and one tensor stands in memory.
 """
 
 from collections.abc import Iterator
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -68,8 +67,7 @@ def is_hf(path: pathlib.Path) -> bool:
 
 def read_config(path: pathlib.Path) -> ModelConfig:
   """Reads a model's configuration alone; see `read`."""
-  with _Tensors(path) as tensors:
-    return _config(path, tensors, None)
+  return _config(path, _Tensors(path), None)
 
 
 def _config(path: pathlib.Path, tensors: "_Tensors", param_dtype: str | None) -> ModelConfig:
@@ -101,21 +99,21 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
   Raises:
     UserError: no such family, or a tensor is missing, unknown, or of another shape.
   """
-  with _Tensors(path) as tensors:
-    config = _config(path, tensors, param_dtype)
-    leaves, unused = {}, set(tensors.names)
-    for name, shape in _leaves(config).items():
-      leaf = _aligned(shape, config.param_dtype)
-      for tensor, place in _places(name, config):
-        into = leaf if place is None else leaf[place]
-        into[...] = _from_torch(name, tensors.read(tensor), into.shape, tensor)
-        unused.discard(tensor)
-      leaves[name] = jax.device_put(leaf, may_alias=True)  # a CPU takes the array as it is
-    if config.tie_embeddings:  # some directories hold it all the same
-      unused.discard(_TENSORS["head/kernel"])
-    unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))
-    if unused:
-      raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
+  tensors = _Tensors(path)
+  config = _config(path, tensors, param_dtype)
+  leaves, unused = {}, set(tensors.names)
+  for name, shape in _leaves(config).items():
+    leaf = _aligned(shape, config.param_dtype)
+    for tensor, place in _places(name, config):
+      into = leaf if place is None else leaf[place]
+      into[...] = _from_torch(name, tensors.read(tensor), into.shape, tensor)
+      unused.discard(tensor)
+    leaves[name] = jax.device_put(leaf, may_alias=True)  # a CPU takes the array as it is
+  if config.tie_embeddings:  # some directories hold it all the same
+    unused.discard(_TENSORS["head/kernel"])
+  unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))
+  if unused:
+    raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
   leaves |= _memory_weights(path, config)
   return traverse_util.unflatten_dict(leaves, sep="/"), config
 
@@ -164,51 +162,59 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
     save_file(own, path / _MEMORY_WEIGHTS)
 
 
-class _Tensors(contextlib.ExitStack):
-  """The tensors of a directory, wherever they are."""
+class _Tensors:
+  """The tensors of a directory, wherever they are.
+
+  A file is opened for each tensor anew: it is mapped into memory as far as it was read, and would
+  stand there beside the model.
+  """
 
   def __init__(self, path: pathlib.Path):
-    super().__init__()
+    self._path = path
     if (path / _INDEX).is_file():
       self._file_of = read_json(path / _INDEX).get("weight_map")
       if not isinstance(self._file_of, dict) or not self._file_of:
         raise UserError(f"{path / _INDEX} has no weight_map: fetch it again")
     elif (path / "model.safetensors").is_file():
-      self._file_of = None
+      with self._open("model.safetensors") as file:
+        self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
     else:
       raise UserError(f"{path} has no model.safetensors: convert its weights to safetensors first")
-    files = sorted(set(self._file_of.values())) if self._file_of else ["model.safetensors"]
-    missing = [file for file in files if not (path / file).is_file()]
+    missing = [file for file in sorted(set(self._file_of.values())) if not (path / file).is_file()]
     if missing:
       raise UserError(f"{path} lacks {missing[0]}, which its index names: fetch it again")
-    try:
-      self._open = {
-          file: self.enter_context(safetensors.safe_open(path / file, framework="numpy"))
-          for file in files
-      }
-    except Exception as error:  # a cut file
-      raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
-    if self._file_of is None:
-      self._file_of = {name: files[0] for name in self._open[files[0]].keys()}
     self.names = list(self._file_of)
-    self._path = path
 
   def dtype(self, name: str) -> str:
     """"float32" or "bfloat16"."""
+    with self._open(self._file(name)) as file:
+      return self._dtype(file, name)
+
+  def read(self, name: str) -> np.ndarray:
+    with self._open(self._file(name)) as file:
+      self._dtype(file, name)
+      return file.get_tensor(name)
+
+  def _file(self, name):
     if name not in self._file_of:
       raise UserError(f"{self._path} lacks the tensor {name}")
+    return self._file_of[name]
+
+  def _open(self, file):
     try:
-      stored = self._open[self._file_of[name]].get_slice(name).get_dtype()
+      return safetensors.safe_open(self._path / file, framework="numpy")
+    except Exception as error:  # a cut file
+      raise UserError(f"{self._path / file} cannot be read ({error}): fetch it again") from error
+
+  def _dtype(self, file, name):
+    try:
+      stored = file.get_slice(name).get_dtype()
     except safetensors.SafetensorError:
-      file = self._file_of[name]
-      raise UserError(f"{self._path}: {file} lacks {name}, which the index says it has") from None
+      where = self._file_of[name]
+      raise UserError(f"{self._path}: {where} lacks {name}, which the index says it has") from None
     if stored not in _DTYPES:
       raise UserError(f"{self._path} stores {name} as {stored}; there is {', '.join(_DTYPES)}")
     return _DTYPES[stored]
-
-  def read(self, name: str) -> np.ndarray:
-    self.dtype(name)  # raises if it is not there, or is of another kind
-    return self._open[self._file_of[name]].get_tensor(name)
 
 
 def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:

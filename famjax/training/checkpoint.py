@@ -182,8 +182,12 @@ class Checkpoints:
 
 def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
   """Leaves parameters alone as step 0 of a new run directory, for inference or to start from."""
-  with quiet(), ocp.training.Checkpointer(directory.absolute() / "checkpoints") as checkpointer:
-    checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=_metadata(about))
+  # As much as one array is copied at a time: the model itself may fill most of the memory.
+  largest = max(x.nbytes for x in jax.tree.leaves(params))
+  memory = ocp.options.MemoryOptions(write_concurrent_bytes=largest + largest // 16 + 1)
+  with quiet(), ocp.Context(memory_options=memory):
+    with ocp.training.Checkpointer(directory.absolute() / "checkpoints") as checkpointer:
+      checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=_metadata(about))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
