@@ -112,16 +112,27 @@ def token_log_probs(
 
   Args are those of `next_token_loss`.
   """
+  return log_probs_and_best(logits_fn, hidden, targets, chunk_tokens)[0]
+
+
+def log_probs_and_best(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    hidden: Float[Array, "B S D"],
+    targets: Int[Array, "B S"],
+    chunk_tokens: int = 1024,
+) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
+  """As `token_log_probs`, and beside them the likeliest next token of each."""
   B, S, _ = hidden.shape
   cut = _cutter(hidden, chunk_tokens)
 
   def of_chunk(chunk):
     hidden, targets = chunk
     log_probs = jax.nn.log_softmax(logits_fn(hidden).astype(jnp.float32), axis=-1)
-    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return chosen, log_probs.argmax(-1)
 
-  chunks = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))  # [chunks, B, length]
-  return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :S]
+  chunks = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))  # [chunks, B, length] each
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :S], chunks)
 
 
 def _cutter(hidden: jax.Array, chunk_tokens: int) -> Callable[[jax.Array], jax.Array]:
