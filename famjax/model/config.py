@@ -5,6 +5,7 @@ width, `H` query heads, `K` key/value heads, `d` head width, `V` vocabulary.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -126,7 +127,8 @@ class ModelConfig:
     activation: of the feed-forward's gate, "silu" or "gelu" (its tanh form).
     scale_embeddings: token embeddings and the FAM prompt are multiplied by D ** 0.5 (Gemma).
     layer_kinds: of each layer: "global"; "local", whose tokens see `local_window` tokens at most,
-      with RoPE of `local_rope_theta`, unscaled; or "nope", without RoPE. None: all are global.
+      with RoPE of `local_rope_theta`, unscaled; or "nope", without RoPE. Fewer than `num_layers`
+      are a pattern: it repeats, and is cut at the last layer. None: all are global.
     local_window: of local layers, on top of what their memory lets them see.
     local_rope_theta: of local layers; None: `rope_theta`.
     lora_rank: every matrix that `lora_targets` name gets a product of this rank added to it, whose
@@ -175,6 +177,9 @@ class ModelConfig:
     for name in ("rope_stretch", "layer_kinds", "lora_targets"):  # JSON and gin give lists
       if getattr(self, name) is not None:
         object.__setattr__(self, name, tuple(getattr(self, name)))
+    if self.layer_kinds and len(self.layer_kinds) < self.num_layers:  # a pattern
+      kinds = itertools.islice(itertools.cycle(self.layer_kinds), self.num_layers)
+      object.__setattr__(self, "layer_kinds", tuple(kinds))
 
   @property
   def kv_heads(self) -> int:

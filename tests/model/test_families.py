@@ -66,7 +66,9 @@ def test_gradients_go_through_layers_of_several_kinds():
     "options, message",
     [
         (dict(layer_kinds=("local",) * 4), "local_window is None; local layers need one"),
-        (dict(layer_kinds=("global",)), "layer_kinds names 1 layers, and num_layers is 4"),
+        (dict(layer_kinds=("global",) * 5), "layer_kinds names 5 layers, and num_layers is 4"),
+        (dict(layer_kinds=()), "layer_kinds names 0 layers, and num_layers is 4"),
+        (dict(layer_kinds=("nope", "near")), "layer kind 'near' is unknown"),
         (dict(layer_kinds=("near",) * 4), "layer kind 'near' is unknown"),
         (dict(norm_place="between"), "norm_place 'between' is unknown"),
         (dict(qk_norm="all"), "qk_norm 'all' is unknown; choose one of None, head, width"),
@@ -86,3 +88,11 @@ def test_lists_are_as_good_as_tuples():
   assert hash(config) == hash(ModelConfig(
       num_layers=2, layer_kinds=("global", "nope"), rope_stretch=(1, 4, 8192)
   ))  # fmt: skip
+
+
+def test_fewer_kinds_than_layers_are_a_pattern():
+  config = ModelConfig(num_layers=5, layer_kinds=("nope", "global"))
+  assert config.layer_kinds == ("nope", "global", "nope", "global", "nope")
+  config.validate()
+  assert config == dataclasses.replace(config, layer_kinds=config.layer_kinds)
+  assert ModelConfig(layer_kinds=("global",)).normalised() == ModelConfig().normalised()
