@@ -75,11 +75,11 @@ class ChatTemplate:
 class Talk:
   """A talk whose earlier turns were read: says what text each turn adds to them.
 
-  The text that a turn adds is what the rendering of the whole talk has beyond the one before and the
-  answer to it. It begins with the end of that answer, which the model did not read. Some
-  templates render old answers otherwise than they were written, without their thinking for example.
-  Then the turn is rendered after a stand-in for what was said before. The messages are kept here, as
-  text; the model keeps its state alone.
+  The text that a turn adds is what the rendering of the whole talk has beyond the one before and
+  the answer to it. It begins with the end of that answer, which the model did not read. Some
+  templates render old answers otherwise than they were written, without their thinking for
+  example. Then the turn is rendered after a stand-in for what was said before, so that it has no
+  symbol that begins a text. The messages are kept here, as text; the model keeps its state alone.
   """
 
   def __init__(self, template: ChatTemplate, begun: bool = False):

@@ -105,7 +105,9 @@ def _prompt(line: _Line, model: Model, name: str) -> str | list[int]:
     return line.given["prompt"]
   template = _template(model)
   if template is None:
-    raise UserError(f"{line.where}: messages need a chat template, and {name} has none: give a prompt")
+    raise UserError(
+        f"{line.where}: messages need a chat template, and {name} has none: give a prompt"
+    )
   try:
     text = _check_text(template.render(line.given["messages"]), "the text of the messages")
   except UserError as error:

@@ -44,7 +44,7 @@ THINKING = """\
 
 
 def save(directory: pathlib.Path, template: str | list, old: bool = False) -> None:
-  """Gives a directory a template, and names its special tokens, as old directories do or new ones."""
+  """Gives a directory a template and special tokens, as old directories do or new ones."""
   begin = {"__type": "AddedToken", "content": "<s>", "special": True}
   config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
   symbols = {"pad_token": {"content": "<pad>"}}

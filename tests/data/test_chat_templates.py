@@ -131,7 +131,8 @@ def test_answers_that_a_template_renders_otherwise():
   """The answer is ended and the turn begun, as in the whole."""
   heard, whole = said(chats.THINKING, ["<think>x</think>One.", "Two.", "Three."])
   assert heard == whole.replace("One.", "<think>x</think>One.")
-  silent = "{{ bos_token }}{% for m in messages if m.role == 'user' %}U: {{ m.content }}\n{% endfor %}"
+  silent = "{{ bos_token }}{% for m in messages if m.role == 'user' %}U: {{ m.content }}\n"
+  silent += "{% endfor %}"
   assert said(silent, ["One.", "Two."])[0] == "<s>U: Line 0.\nOne.U: Line 1.\nTwo."
 
 
