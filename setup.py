@@ -38,6 +38,7 @@ setuptools.setup(
         "gin-config>=0.5,<0.6",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "numpy>=2.0,<3",
         "optax>=0.2.6,<0.3",

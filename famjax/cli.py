@@ -156,7 +156,9 @@ def _add_generate(commands) -> None:
   parser.add_argument("--file", metavar="FILE", help="a UTF-8 file to read first; - is standard input")
   parser.add_argument(
       "--jsonl", metavar="FILE",
-      help='a request a line, {"prompt": "...", "temperature": 0.7}; writes a line for each',
+      help='a request a line, {"prompt": "...", "temperature": 0.7}; writes a line for each. In'
+      ' place of a prompt: {"messages": [{"role": "user", "content": "..."}]}, where the model has a'
+      " chat template",
   )  # fmt: skip
   parser.add_argument(
       "--batch_size", type=int, default=8, metavar="B", help="lines of --jsonl side by side"
@@ -187,8 +189,9 @@ def _add_chat(commands) -> None:
   )  # fmt: skip
   _add_model(parser)
   parser.add_argument(
-      "--turn", default="{}\n", metavar="TEXT",
-      help="what the model reads for a line that is typed, {}: 'User: {}\\nModel:', say",
+      "--turn", metavar="TEXT",
+      help="what the model reads for a line that is typed, {}: 'User: {}\\nModel:', say; without it"
+      " the model's own chat template, or else the line as it is",
   )  # fmt: skip
   _add_session(parser)
   _add_sampling(parser)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 from flax import nnx
 import jax
@@ -18,6 +20,7 @@ from famjax.training import trainable
 from famjax.training.checkpoint import About, load_params, save_params
 from famjax.training.train_state import split
 from tests.convert import tiny
+from tests.data import chats
 
 torch = pytest.importorskip("torch", reason="the extra hf brings torch to Python 3.11 alone")
 TEXT = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -154,6 +157,23 @@ def test_a_converted_model_can_be_moved(source, tmp_path):
   assert famjax.load(str(tmp_path / "moved" / "checkpoints" / "0")).vocabulary is moved.vocabulary
   name = str(tmp_path / "moved" / "tokenizer")
   assert same_vocabulary(name, str(source)) and not same_vocabulary(name, "bytes")
+
+
+def test_a_chat_template_goes_along(source, tmp_path, monkeypatch, capsys):
+  """From the hub to a run, where a chat reads what it renders, and back."""
+  hub, run, back = (str(tmp_path / name) for name in ("hub", "run", "back"))
+  shutil.copytree(source, hub)
+  chats.save(pathlib.Path(hub), chats.GEMMA)
+  cli.main(["convert", "--from=hf", f"--src={hub}", f"--dst={run}"])
+  cli.main(["convert", "--to=hf", f"--src={run}", f"--dst={back}"])
+  text = load_vocabulary(hub).render([{"role": "user", "content": "Hello."}])
+  assert text.startswith("<s><start_of_turn>user")
+  assert load_vocabulary(back).render([{"role": "user", "content": "Hello."}]) == text
+  typed = iter(["Hello.", "/memory", "/quit"])
+  monkeypatch.setattr("builtins.input", lambda _: next(typed))
+  assert cli.main(["chat", run, "--max_new_tokens=0"]) == 0
+  read = len(load_vocabulary(hub).encode(text))
+  assert f"tokens read     {read}\n" in capsys.readouterr().out
 
 
 def test_a_model_without_a_tokenizer_reads_bytes_and_says_so(tmp_path, capsys):

@@ -1,10 +1,12 @@
 """The tokenizer of a Hugging Face directory as a vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+import functools
 import json
 import pathlib
 from typing import Any
 
+from famjax.data import chat_templates
 from famjax.errors import UserError
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
@@ -12,6 +14,7 @@ FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json", "added_tokens.json",
 )  # fmt: skip
+_SPECIAL = ("tokenizer_config", "special_tokens_map")  # files that name special tokens
 _SPACES = ("\u2581", "\u0120")  # a space, as SentencePiece and byte-level BPE write it
 
 
@@ -82,6 +85,36 @@ class TokenizerVocabulary:
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids; special tokens, and ids that the tokenizer has not, give nothing."""
     return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+  @functools.cached_property
+  def chat_template(self) -> chat_templates.ChatTemplate | None:
+    """The directory's chat template; None if it has none."""
+    path = pathlib.Path(self.path)
+    config, symbols = (_given(path / f"{name}.json") for name in _SPECIAL)
+    return chat_templates.find(path, config, symbols)
+
+  def render(
+      self,
+      messages: Sequence[chat_templates.Message],
+      add_generation_prompt: bool = True,
+      **variables: Any,
+  ) -> str:
+    """Returns the text of a talk, by the directory's chat template.
+
+    The template has written what begins a text, so a model takes the text's ids:
+    `model.generate(vocabulary.encode(vocabulary.render(messages)))`.
+
+    Args:
+      messages: `{"role": "user", "content": "..."}` and so on, at least one.
+      add_generation_prompt: with what the template puts before the answer that comes next.
+      **variables: what else the template knows, such as `tools` or `enable_thinking`.
+
+    Raises:
+      UserError: there is no template, or it refuses the messages.
+    """
+    if self.chat_template is None:
+      raise UserError(f"{self.path} has no chat template: add its chat_template.jinja, or give text")
+    return self.chat_template.render(messages, add_generation_prompt, **variables)
 
   def _stop_ids(self, about: dict[str, Any], tokenizer: dict[str, Any]) -> tuple[int, ...]:
     ids = about.get("eos_token_id")

@@ -9,9 +9,11 @@ import pathlib
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 
+from famjax.data import chat_templates
 from famjax.errors import UserError
 from famjax.inference import session
 from famjax.inference.engine import Reading
@@ -22,6 +24,7 @@ from famjax.model.state import num_bytes
 
 _LIMITS = ("max_new_tokens", "stop", "stop_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_TURN = r"{}\n"  # what is read for a line, without a chat template
 _QUIET_BELOW = 20_000  # tokens; what is read sooner than anybody looks shows no progress
 
 
@@ -44,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def _read_prompt(
     model: Model,
-    prompt: str,
+    prompt: str | list[int],
     after: Reading | None,
     arguments: argparse.Namespace,
     asked: list[bool],
@@ -78,17 +81,47 @@ def _generate_many(arguments: argparse.Namespace) -> int:
     raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1")
   lines = list(_requests(arguments.jsonl, _settings(arguments)))
   model = load(arguments.model)
+  prompts = [_prompt(line, model, arguments.model) for line in lines]
   for first in range(0, len(lines), arguments.batch_size):
-    some = lines[first : first + arguments.batch_size]
-    done = model.complete([prompt for prompt, _ in some], [request for _, request in some])
-    for (prompt, _), row in zip(some, done):
-      line = {"prompt": prompt, "text": row.text, "tokens": len(row.tokens), "reason": row.reason}
-      print(json.dumps(line, ensure_ascii=False), flush=True)
+    some = slice(first, first + arguments.batch_size)
+    done = model.complete(prompts[some], [line.request for line in lines[some]])
+    for line, row in zip(lines[some], done):
+      written = {"text": row.text, "tokens": len(row.tokens), "reason": row.reason}
+      print(json.dumps(line.given | written, ensure_ascii=False), flush=True)
   return 0
 
 
-def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
-  """Prompts and requests of a file of JSON lines, each checked before anything is written."""
+class _Line(NamedTuple):
+  """A line of a file of JSON lines: where it stands, its prompt or messages, and the rest."""
+
+  where: str
+  given: dict[str, object]
+  request: Request
+
+
+def _prompt(line: _Line, model: Model, name: str) -> str | list[int]:
+  """What a model reads for a line: its prompt, or the ids of its messages."""
+  if "prompt" in line.given:
+    return line.given["prompt"]
+  template = _template(model)
+  if template is None:
+    raise UserError(
+        f"{line.where}: messages need a chat template, and {name} has none: give a prompt"
+    )
+  try:
+    text = _check_text(template.render(line.given["messages"]), "the text of the messages")
+  except UserError as error:
+    raise UserError(f"{line.where}: {error}") from None
+  return model.vocabulary.encode(text)  # as ids: the template has begun the text
+
+
+def _template(model: Model) -> chat_templates.ChatTemplate | None:
+  """The chat template of a model; only the vocabularies of Hugging Face directories have one."""
+  return getattr(model.vocabulary, "chat_template", None)
+
+
+def _requests(path: str, defaults: dict) -> Iterator[_Line]:
+  """The lines of a file of JSON lines, each checked before anything is written."""
   for number, line in enumerate(_text(None, path, needed=True).split("\n"), 1):
     where = f"{path}, line {number}"
     if not line.strip():
@@ -97,15 +130,22 @@ def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
       given = json.loads(line)
     except ValueError as error:
       raise UserError(f"{where} is no JSON ({error}): one object a line") from None
-    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
-      raise UserError(f'{where}: give an object with a prompt, as {{"prompt": "Once upon"}}')
-    unknown = sorted(set(given) - {"prompt", *defaults})
+    kind = "messages" if isinstance(given, dict) and "messages" in given else "prompt"
+    if kind == "prompt" and not (isinstance(given, dict) and isinstance(given.get(kind), str)):
+      raise UserError(
+          f'{where}: give an object with a prompt, as {{"prompt": "Once upon"}}, or with messages'
+      )
+    if kind == "messages" and "prompt" in given:
+      raise UserError(f"{where}: a prompt and messages were given: leave one of them out")
+    unknown = sorted(set(given) - {kind, *defaults})
     if unknown:
       raise UserError(f"{where}: {unknown[0]!r} is unknown; there is {', '.join(defaults)}")
-    if not _check_text(given["prompt"], f"{where}: the prompt"):
+    if kind == "prompt" and not _check_text(given["prompt"], f"{where}: the prompt"):
       raise UserError(f"{where}: the prompt is empty")
-    values = defaults | {name: value for name, value in given.items() if name != "prompt"}
+    values = defaults | {name: value for name, value in given.items() if name != kind}
     try:
+      if kind == "messages":
+        chat_templates.check(given["messages"])
       settings = Sampling(**{name: values[name] for name in _SAMPLING})
       request = Request(
           values["max_new_tokens"], settings, values["stop"], values["stop_tokens"]
@@ -113,7 +153,7 @@ def _requests(path: str, defaults: dict) -> Iterator[tuple[str, Request]]:
       request.validate(sys.maxsize)
     except (UserError, TypeError) as error:
       raise UserError(f"{where}: {error}") from None
-    yield given["prompt"], request
+    yield _Line(where, {kind: given[kind]}, request)
 
 
 def score(arguments: argparse.Namespace) -> int:
@@ -153,7 +193,7 @@ def chat(arguments: argparse.Namespace) -> int:
   """Talks, and puts what was said aside, whatever has ended it."""
   with contextlib.suppress(ImportError):  # gives input() a history and an editor
     import readline  # noqa: F401  # pylint: disable=unused-import,import-outside-toplevel
-  if "{}" not in arguments.turn:
+  if arguments.turn is not None and "{}" not in arguments.turn:
     raise UserError(f"--turn={arguments.turn!r} has no {{}}, the place of the line that is typed")
   model = load(arguments.model)
   before = session.load(arguments.session, model) if arguments.session else None
@@ -169,6 +209,8 @@ def chat(arguments: argparse.Namespace) -> int:
 class Chat:
   """A talk: every line that is typed is read after all that was read and written before.
 
+  A line is a user's turn by the model's chat template. `--turn` goes before the template.
+
   Attributes:
     reading: where it stands.
   """
@@ -176,6 +218,7 @@ class Chat:
   def __init__(self, model: Model, reading: Reading, arguments: argparse.Namespace):
     self.reading = reading
     self._model, self._arguments = model, arguments
+    self._talk = self._new_talk()
 
   def run(self) -> None:
     """Talks until the end of the input. Wrong input and Ctrl-C end a line, not the talk."""
@@ -200,9 +243,8 @@ class Chat:
       name, _, place = line[1:].partition(" ")
       self._obey(name, place.strip())
       return
-    prompt = self._arguments.turn.replace("\\n", "\n").replace("{}", line)
-    _check_text(prompt, "the line")
-    if not self._model.vocabulary.encode(prompt):
+    prompt = self._prompt(line)
+    if not prompt:
       return
     with _interrupts() as asked:
       stream = _read_prompt(self._model, prompt, self.reading, self._arguments, asked)
@@ -210,6 +252,25 @@ class Chat:
         _show(stream, asked)
       finally:
         self.reading = stream.reading
+        if stream.reason == "unread":  # nobody knows how much of the line
+          self._talk = self._new_talk()
+        elif self._talk:
+          self._talk.add(line, stream.text)
+
+  def _prompt(self, line: str) -> str | list[int]:
+    """What is read for a line; nothing for an empty turn."""
+    encode = self._model.vocabulary.encode
+    if self._talk:  # ids: the template has begun the text
+      return encode(self._talk.turn(_check_text(line, "the line"))) if line else []
+    turn = _TURN if self._arguments.turn is None else self._arguments.turn
+    prompt = _check_text(turn.replace("\\n", "\n").replace("{}", line), "the line")
+    return prompt if encode(prompt) else ""
+
+  def _new_talk(self) -> chat_templates.Talk | None:
+    """A talk by the model's chat template, of which nothing that was read before is known."""
+    template = _template(self._model) if self._arguments.turn is None else None
+    begun = bool(self.reading.state.position[0])
+    return chat_templates.Talk(template, begun) if template else None
 
   def _obey(self, name: str, place: str) -> None:
     if name in ("save", "load") and not place:
@@ -222,9 +283,11 @@ class Chat:
       if loaded is None:
         raise UserError(f"there is no session in {place}")
       self.reading = loaded
+      self._talk = self._new_talk()
       print(f"{int(loaded.state.position[0]):,} tokens were read before")
     elif name == "reset":
       self.reading = self._model.start()
+      self._talk = self._new_talk()
       print("nothing is remembered")
     elif name == "memory":
       print(describe(self.reading, self._model))
