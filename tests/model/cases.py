@@ -237,9 +237,9 @@ def assert_same_row(config, state, row, other, other_row, exact=False):
       np.testing.assert_allclose(value, right[name], err_msg=name, **TOLERANCE)
 
 
-def assert_equals_reference(config, stream, row, reading):
+def assert_equals_reference(config, stream, row, reading, tolerance=TOLERANCE):
   """Logits and state of a row of a stream equal what the reference read."""
-  np.testing.assert_allclose(stream.logits(row), reading.logits, **TOLERANCE)
+  np.testing.assert_allclose(stream.logits(row), reading.logits, **tolerance)
   fields = live(config, stream.state, row)
   count = fields["keys"].shape[1]
   position = fields["position"]
@@ -247,9 +247,9 @@ def assert_equals_reference(config, stream, row, reading):
   assert config.memory.kind == "bswa" or fields["fam_updates"] == reading.fam_updates
   for name in ("keys", "values"):
     expected = getattr(reading, name)[:, position - count :]
-    np.testing.assert_allclose(fields[name], expected, err_msg=name, **TOLERANCE)
+    np.testing.assert_allclose(fields[name], expected, err_msg=name, **tolerance)
   for name in ("fam", "fam_keys", "fam_values"):
-    np.testing.assert_allclose(fields[name], getattr(reading, name), err_msg=name, **TOLERANCE)
+    np.testing.assert_allclose(fields[name], getattr(reading, name), err_msg=name, **tolerance)
 
 
 def read(config, params, tokens, **options) -> reference.Reading:
