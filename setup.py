@@ -59,6 +59,8 @@ setuptools.setup(
             "transformers>=5,<6",
             # Later releases bring gigabytes of CUDA; only comparisons with Hugging Face need it.
             "torch==2.13.0; python_version < '3.12'",
+            # Earlier releases cannot be imported beside transformers 5. Needs torch.
+            "peft>=0.18; python_version < '3.12'",
         ],
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "setuptools>=77"],
     },

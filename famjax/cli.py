@@ -201,13 +201,20 @@ def _add_chat(commands) -> None:
 def _add_convert(commands) -> None:
   parser = commands.add_parser(
       "convert", help="take a model from Hugging Face, or give one back",
-      description="Makes a famjax checkpoint of a directory of the Hugging Face hub, or the other way"
-      " round. Example: famjax convert --from=hf --src=SmolLM2-135M --dst=runs/smollm2",
+      description="Makes a famjax checkpoint of a directory of the Hugging Face hub, or of a LoRA"
+      " adapter of PEFT and its base, or the other way round. Example: famjax convert --from=hf"
+      " --src=SmolLM2-135M --dst=runs/smollm2",
   )  # fmt: skip
-  parser.add_argument("--from", dest="source", choices=["hf"], help="what --src is, if not famjax's")
-  parser.add_argument("--to", dest="target", choices=["hf"], help="what --dst is, if not famjax's")
+  kinds = ["hf", "peft"]
+  parser.add_argument("--from", dest="source", choices=kinds, help="what --src is, if not famjax's")
+  parser.add_argument("--to", dest="target", choices=kinds, help="what --dst is, if not famjax's")
   parser.add_argument("--src", required=True, metavar="DIR", help="the model; stays as it is")
   parser.add_argument("--dst", required=True, metavar="DIR", help="a new directory")
+  parser.add_argument(
+      "--base", metavar="MODEL",
+      help="with peft: the model that LoRA is added to, a directory; for --to=peft also a name on the"
+      " hub, which the adapter then carries",
+  )  # fmt: skip
   parser.set_defaults(run=_not_by_gin("famjax.conversion", "convert"))
 
 

@@ -61,13 +61,16 @@ def test_by_self_distillation(hub, tmp_path):
   (tmp_path / "texts").mkdir()
   for i in range(20):
     (tmp_path / "texts" / f"{i:02}.txt").write_text(TEXT * 40 + str(i))
-  run = tmp_path / "run"
-  assert 0 == train("retrofit", hub, run, f"--gin.CORPUS={tmp_path / 'texts'}")
-  assert 0 == train("retrofit", hub, run, f"--gin.CORPUS={tmp_path / 'texts'}", "--gin.TRAIN_STEPS=3")
+  run, base = tmp_path / "run", tmp_path / "base"
+  cli.main(["convert", "--from=hf", f"--src={hub}", f"--dst={base}"])
+  assert 0 == train("retrofit", base, run, f"--gin.CORPUS={tmp_path / 'texts'}")
+  assert 0 == train("retrofit", base, run, f"--gin.CORPUS={tmp_path / 'texts'}", "--gin.TRAIN_STEPS=3")
   lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
   assert lines[-1]["step"] == 3 and all(np.isfinite(line["loss"]) for line in lines)
   assert {line["split"] for line in lines} == {"train", "eval"}
   assert famjax.load(str(run)).config.lora_rank == 0  # merged
+  assert 0 == cli.main(["convert", "--to=hf", f"--src={run}", f"--dst={tmp_path / 'out'}"])
+  assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
 
 
 def test_another_model_than_the_checkpoint_is_refused(hub, tmp_path, capsys):

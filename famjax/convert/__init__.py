@@ -1,1 +1,1 @@
-"""Hugging Face directories in and out: the families of open decoders, and their tensors."""
+"""Hugging Face models and PEFT adapters in and out: families of open decoders, and tensors."""

@@ -32,7 +32,7 @@ _TENSORS = {  # our path, and the tensor's name
     "final_norm/scale": "model.norm.weight",
     "head/kernel": "lm_head.weight",
 }
-_LAYER_TENSORS = {  # after "model.layers.{l}."
+LAYER_TENSORS = {  # after "model.layers.{l}."
     "attention/query/kernel": "self_attn.q_proj.weight",
     "attention/key/kernel": "self_attn.k_proj.weight",
     "attention/value/kernel": "self_attn.v_proj.weight",
@@ -75,7 +75,7 @@ def _config(path: pathlib.Path, tensors: "_Tensors", param_dtype: str | None) ->
   config = from_hf(hf)
   dtype = param_dtype or tensors.dtype(_TENSORS["embedder/embedding"])
   config = dataclasses.replace(
-      config, memory=_memory(path, hf), param_dtype=dtype, compute_dtype=dtype
+      config, memory=read_memory(path) or _full(hf), param_dtype=dtype, compute_dtype=dtype
   )
   try:
     config.validate()
@@ -102,7 +102,7 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
   tensors = _Tensors(path)
   config = _config(path, tensors, param_dtype)
   leaves, unused = {}, set(tensors.names)
-  for name, shape in _leaves(config).items():
+  for name, shape in shapes(config).items():
     leaf = _aligned(shape, config.param_dtype)
     for tensor, place in _places(name, config):
       into = leaf if place is None else leaf[place]
@@ -114,7 +114,7 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
   unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))
   if unused:
     raise UserError(f"{path} has the tensor {unused[0]}, which no part of its model takes")
-  leaves |= _memory_weights(path, config)
+  leaves |= read_memory_weights(path, config)
   return traverse_util.unflatten_dict(leaves, sep="/"), config
 
 
@@ -132,7 +132,7 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
     UserError: no family has all options of the model.
   """
   leaves = traverse_util.flatten_dict(params, sep="/")
-  own = {name: np.asarray(leaves.pop(name)) for name in FAM_WEIGHTS if name in leaves}
+  leaves = {name: leaf for name, leaf in leaves.items() if name not in FAM_WEIGHTS}
   symbols = dict.fromkeys(SYMBOLS)  # not the family's usual ones
   hf = symbols | carried(like or {}, config) | to_hf(config)
   hf |= {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
@@ -157,9 +157,50 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
     (path / _INDEX).write_text(json.dumps(whole, indent=2) + "\n")
   (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
   if config.memory.kind != "full":
-    (path / _MEMORY).write_text(json.dumps(dataclasses.asdict(config.memory), indent=2) + "\n")
+    write_memory(path, params, config)
+
+
+def write_memory(path: pathlib.Path, params: Params, config: ModelConfig) -> None:
+  """Writes a memory and the FAM's own weights beside files that others read."""
+  (path / _MEMORY).write_text(json.dumps(dataclasses.asdict(config.memory), indent=2) + "\n")
+  own = {name: np.asarray(params[name]) for name in FAM_WEIGHTS if name in params}
   if own:
     save_file(own, path / _MEMORY_WEIGHTS)
+
+
+def read_memory(path: pathlib.Path) -> MemoryConfig | None:
+  """The memory that `write_memory` left, if any."""
+  if not (path / _MEMORY).is_file():
+    return None
+  try:
+    return MemoryConfig(**read_json(path / _MEMORY))
+  except TypeError as error:
+    raise UserError(f"{path / _MEMORY} is no memory that famjax knows ({error})") from None
+
+
+def read_memory_weights(path: pathlib.Path, config: ModelConfig) -> dict[str, jax.Array]:
+  """The FAM's own weights, if `write_memory` left any."""
+  path = path / _MEMORY_WEIGHTS
+  if not path.is_file():
+    return {}
+  found = load(path)
+  L, F, D = config.num_layers, config.memory.length, config.model_dim
+  prompt = {"prompt": ("fam_prompt", (F, D)), "prefix": ("fam_prefix", (L, F, D))}
+  name, shape = prompt[config.memory.fam_init]
+  found_shapes = {name: leaf.shape for name, leaf in found.items()}
+  if found_shapes != {name: shape}:
+    raise UserError(
+        f"{path} holds {found_shapes}, and the memory in {_MEMORY} takes {name} {shape}"
+    )
+  return {name: jnp.asarray(leaf) for name, leaf in found.items()}
+
+
+def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of one file. Raises UserError if it cannot be read."""
+  try:
+    return load_file(path)
+  except Exception as error:  # a cut file
+    raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
 
 
 class _Tensors:
@@ -217,7 +258,7 @@ class _Tensors:
     return _DTYPES[stored]
 
 
-def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of all parameters, by path."""
   _, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
   leaves = traverse_util.flatten_dict(nnx.to_pure_dict(params), sep="/")
@@ -229,7 +270,7 @@ def _places(name: str, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
   if not name.startswith("layers/"):
     yield _TENSORS[name], None
     return
-  names = _LAYER_TENSORS | (_NORM_BEFORE if config.norm_place == "before" else {})
+  names = LAYER_TENSORS | (_NORM_BEFORE if config.norm_place == "before" else {})
   for layer in range(config.num_layers):
     yield f"model.layers.{layer}.{names[name.removeprefix('layers/')]}", layer
 
@@ -270,29 +311,7 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
   return raw[start : start + raw.size - 64].view(dtype).reshape(shape)
 
 
-def _memory(path: pathlib.Path, hf: Json) -> MemoryConfig:
-  if (path / _MEMORY).is_file():
-    try:
-      return MemoryConfig(**read_json(path / _MEMORY))
-    except TypeError as error:
-      raise UserError(f"{path / _MEMORY} is no memory that famjax knows ({error})") from None
+def _full(hf: Json) -> MemoryConfig:
+  """The ordinary decoder that a model without a memory is."""
   context = min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT)
   return MemoryConfig("full", _BLOCK, memory_segments=-(-context // _BLOCK) - 1)
-
-
-def _memory_weights(path: pathlib.Path, config: ModelConfig) -> dict[str, jax.Array]:
-  """The FAM's own weights, if `write` left any."""
-  path = path / _MEMORY_WEIGHTS
-  if not path.is_file():
-    return {}
-  try:
-    found = load_file(path)
-  except Exception as error:  # a cut file
-    raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
-  L, F, D = config.num_layers, config.memory.length, config.model_dim
-  prompt = {"prompt": ("fam_prompt", (F, D)), "prefix": ("fam_prefix", (L, F, D))}
-  name, shape = prompt[config.memory.fam_init]
-  shapes = {name: leaf.shape for name, leaf in found.items()}
-  if shapes != {name: shape}:
-    raise UserError(f"{path} holds {shapes}, and the memory in {_MEMORY} takes {name} {shape}")
-  return {name: jnp.asarray(leaf) for name, leaf in found.items()}

@@ -214,6 +214,7 @@ class ModelConfig:
     """The same model, of several ways to say the same one."""
     usual = self.model_dim / self.num_heads
     local = self.layer_kinds is not None and "local" in self.layer_kinds
+    named = tuple(name for name in PROJECTIONS if self.lora_rank_of(name))
     return dataclasses.replace(
         self,
         num_kv_heads=None if self.kv_heads == self.num_heads else self.kv_heads,
@@ -223,8 +224,8 @@ class ModelConfig:
         local_window=self.local_window if local else None,
         local_rope_theta=self.local_rope_theta if local else None,
         query_scale=None if self.attention_scale == self.head_width**-0.5 else self.query_scale,
-        lora_alpha=self.lora_alpha if self.lora_rank else None,
-        lora_targets=self.lora_targets if self.lora_rank else ModelConfig.lora_targets,
+        lora_alpha=None if self.lora_scale == 1 else self.lora_alpha,
+        lora_targets=ModelConfig.lora_targets if named in ((), PROJECTIONS) else named,
     )
 
   def kinds(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from famjax.training.trainable import join
 
 _LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What a checkpoint's model may have otherwise when its parameters start another run.
-_MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
+MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
 
 
 def model_of(
@@ -70,7 +70,7 @@ def from_checkpoint(
   """
   path = config.init_checkpoint
   loaded = load_params(path)
-  check_model(path, loaded.model, model, _MAY_DIFFER)
+  check_model(path, loaded.model, model, MAY_DIFFER)
   check_vocabulary(path, loaded.vocabulary, vocabulary)
   wanted = jax.eval_shape(fresh_params)
   params, factors = _as_factors(loaded, model, fresh_params)
@@ -89,7 +89,8 @@ def _as_factors(
 
   A checkpoint with the same LoRA goes on with it; another one's is merged into its matrices.
   """
-  if any(getattr(loaded.model, name) != getattr(model, name) for name in _LORA):
+  theirs, ours = loaded.model.normalised(), model.normalised()
+  if any(getattr(theirs, name) != getattr(ours, name) for name in _LORA):
     params, _ = lora.merge(loaded.params, loaded.model)
     if model.lora_rank:
       factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()

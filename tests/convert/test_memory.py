@@ -32,7 +32,7 @@ print("peak", before, peak())
 def test_the_peak_of_an_import(tmp_path):
   """1.3 times the checkpoint, and 48 MiB for the code of what writes, which is loaded meanwhile."""
   draw = np.random.default_rng(0)
-  shapes = hf._leaves(CONFIG)
+  shapes = hf.shapes(CONFIG)
   params = {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
   tree = hf.traverse_util.unflatten_dict(params, sep="/")
   hf.write(tmp_path / "in", jax.tree.map(jax.numpy.asarray, tree), CONFIG)
