@@ -33,9 +33,10 @@ _KNOWN = re.compile(
 )
 # Entries that make something else of LoRA wherever they are set.
 _PLAIN_WITHOUT = (
-    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices",
+    "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config",
 )  # fmt: skip
 # How factors started matters where the base's matrices were changed for it, as PiSSA does.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -204,19 +205,15 @@ def _rank_and_alpha(adapter: Json) -> tuple[int, float]:
   """Of plain LoRA; raises UserError for any other adapter."""
   if adapter.get("peft_type") != "LORA":
     raise UserError(f"peft_type is {adapter.get('peft_type')!r}, and famjax has LORA alone")
-  if adapter.get("bias", "none") != "none":
-    raise UserError(f"bias is {adapter['bias']!r}, and famjax has plain LoRA alone: {_WAY_OUT}")
   for name in _PLAIN_WITHOUT:
-    if adapter.get(name):
-      raise UserError(f"{name} is {adapter[name]}, and famjax has plain LoRA alone: {_WAY_OUT}")
+    if adapter.get(name) and adapter[name] != "none":
+      raise UserError(f"{name} is {adapter[name]!r}, and famjax has plain LoRA alone: {_WAY_OUT}")
   if adapter.get("init_lora_weights") not in _STARTS:
     start = adapter["init_lora_weights"]
     raise UserError(f"init_lora_weights is {start!r}, which changes the base as well: {_WAY_OUT}")
-  for name in ("r", "lora_alpha"):
+  for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
     value = adapter.get(name)
-    if isinstance(value, bool) or not isinstance(value, int if name == "r" else (int, float)):
-      raise UserError(f"{name} is {value!r} in {_CONFIG}, and it must be a number")
+    if type(value) not in kinds or value <= 0:
+      raise UserError(f"{name} is {value!r} in {_CONFIG}, and it must be a number above 0")
   rank, alpha = adapter["r"], float(adapter["lora_alpha"])
-  if rank < 1:
-    raise UserError(f"r is {rank} in {_CONFIG}; it must be at least 1")
   return rank, alpha * rank**0.5 if adapter.get("use_rslora") else alpha

@@ -88,6 +88,15 @@ def test_what_is_added_where():
   assert query["lora_a"].dtype == params["fam_prompt"].dtype == "float32"
 
 
+def test_several_ways_to_say_the_same_lora():
+  """An adapter of PEFT names its targets one by one, and has an alpha in any case."""
+  one_by_one = with_lora(FAM, lora_targets=("attention/query", "attention/value"))
+  assert with_lora(FAM, lora_targets=("query|value",)).normalised() == one_by_one.normalised()
+  everywhere = with_lora(FAM, lora_targets=PROJECTIONS, lora_alpha=3.0)
+  assert everywhere.normalised() == with_lora(FAM, lora_alpha=None).normalised()
+  assert one_by_one.normalised() != everywhere.normalised() != with_lora(FAM).normalised()
+
+
 def test_a_pattern_that_is_in_no_name():
   with pytest.raises(UserError, match="lora_targets: 'q_proj' is in no name.*attention/query"):
     with_lora(FAM, lora_targets=("attention", "q_proj")).validate()

@@ -107,8 +107,9 @@ def test_a_run_can_start_from_one_with_other_lora():
   fresh = lambda config: lambda: split(Decoder(config, rngs=nnx.Rngs(1)))[1]
   loaded = Loaded(jax.jit(fresh(LORA))(), LORA, "toy", 1)
   start = lambda config: adoption._as_factors(loaded, config, fresh(config))
-  same, nothing = start(LORA)
-  assert same is loaded.params and nothing == {}
+  for said in (LORA, change(LORA, lora_targets=("query|key|value|out", "gate|up|down"))):
+    same, nothing = start(said)
+    assert same is loaded.params and nothing == {}
   merged, _ = lora.merge(loaded.params, LORA)
   params, factors = start(change(LORA, lora_rank=3))
   toy.assert_equal(params, merged)
