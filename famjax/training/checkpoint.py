@@ -41,7 +41,7 @@ from famjax.training.train_state import Params, TrainState, split
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
-_FORMAT = 2  # of what `training` holds
+_VERSION = 2  # of what `training` holds
 OWN_TOKENIZER = "tokenizer"  # a vocabulary's name: that directory beside the checkpoints
 
 
@@ -53,14 +53,14 @@ class About(NamedTuple):
     vocabulary: name of the vocabulary, as `famjax.data.load_vocabulary` takes it.
     trainable: which parameters are in the checkpoint itself, see `trainable`.
     base: fingerprint of the other ones, which `save_base` gives; None: there are none.
-    format: version of what else a run needs to go on.
+    version: of what else a run needs to go on.
   """
 
   model: ModelConfig
   vocabulary: str
   trainable: str = "full"
   base: str | None = None
-  format: int = _FORMAT
+  version: int = _VERSION
 
 
 class Restored(NamedTuple):
@@ -250,10 +250,10 @@ def _load_base(run_dir: pathlib.Path, template: Params, fingerprint: str | None)
 
 def _check_run(path: pathlib.Path, saved: About, wanted: About) -> None:
   """Raises UserError if a run cannot go on from a checkpoint."""
-  if saved.format != wanted.format:
+  if saved.version != wanted.version:
     raise UserError(
-        f"checkpoint {path} was written by another version of famjax (its format is {saved.format},"
-        f" this one's {wanted.format}): go on with that version, or start another run with"
+        f"checkpoint {path} was written by another version of famjax (its version is {saved.version},"
+        f" this one's {wanted.version}): go on with that version, or start another run with"
         " TrainConfig.init_checkpoint"
     )
   if saved.trainable != wanted.trainable:
@@ -294,7 +294,7 @@ def read_about(path: pathlib.Path) -> About:
   if vocabulary == OWN_TOKENIZER:
     vocabulary = str(path.absolute().parent.parent / OWN_TOKENIZER)
   return About(
-      model, vocabulary, data.get("trainable", "full"), data.get("base"), data.get("format", 1)
+      model, vocabulary, data.get("trainable", "full"), data.get("base"), data.get("version", 1)
   )
 
 
