@@ -249,3 +249,13 @@ def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):
 def test_the_names_are_those_that_the_documents_use():
   names = {"train", "ModelConfig", "MemoryConfig", "OptimizerConfig", "TrainConfig"}
   assert names <= set(CONFIGURABLE)
+
+
+@pytest.mark.usefixtures("pairs")
+def test_the_model_of_a_checkpoint_takes_the_options_of_the_run():
+  files = [f"gin/options/{name}.gin" for name in ("remat", "model_of_checkpoint", "bfloat16")]
+  bindings = [*REQUIRED["retrofit"], "LORA_RANK=5", "BLOCK_SIZE=64"]
+  model = resolve(["gin/runs/retrofit.gin", *files], bindings)["model"]
+  assert (model.num_layers, model.vocab_size, model.param_dtype) == (1, 320, "float32")
+  assert model.remat != "none" and model.compute_dtype == "bfloat16"
+  assert model.lora_rank == 5 and model.memory.block_size == 64 and model.memory.kind == "fam"

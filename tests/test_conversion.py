@@ -226,6 +226,10 @@ def test_texts_to_train_on_begin_as_texts_to_read_do(source, tmp_path):
   assert first(LongText(vocabulary, tmp_path)) == (begin(TEXT), 0)
   tokens, weights = LongText(vocabulary, tmp_path, excerpt_tokens=20).example(0, 0, 0)
   assert tokens[0] == 1 and len(tokens) == len(weights) == 20 and weights.tolist() == [0] + [1] * 19
+  (tmp_path / "a.txt").write_text("hello")
+  for size in (100, None):  # a file that is shorter comes whole, with its end
+    tokens, _ = LongText(vocabulary, tmp_path, excerpt_tokens=size).example(0, 0, 0)
+    assert tokens.tolist() == [1, *vocabulary.encode("hello"), vocabulary.eos_id]
   tasks.register_passkey(vocabulary, Lengths(400, 400))
   try:
     tokens, weights = TaskExamples("passkey").example(0, 0, 0)

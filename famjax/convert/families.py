@@ -131,7 +131,7 @@ def from_hf(hf: Json) -> ModelConfig:
   if activation is not None and (kind, activation) != ("gemma", "gelu"):
     if _ACTIVATIONS.get(activation) != options.get("activation", "silu"):
       raise UserError(f"{kind}: the activation {activation!r} is not one that famjax has for it")
-  if "query_pre_attn_scalar" in hf:
+  if hf.get("query_pre_attn_scalar") is not None:
     options["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
   options |= _layers(kind, family, hf) | _rope(kind, hf)
   return ModelConfig(**options).normalised()
@@ -221,7 +221,7 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
   """Which layers are global, local or without RoPE, and how far the local ones see."""
   count, window = hf["num_hidden_layers"], hf.get("sliding_window")
   if kind == "smollm3":
-    every = hf.get("no_rope_layer_interval", 4)
+    every = hf.get("no_rope_layer_interval") or 4
     turned = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
     kinds = ["global" if turn else "nope" for turn in turned]
     if hf.get("use_sliding_window"):
@@ -256,12 +256,17 @@ def _rope(kind: str, hf: Json) -> Json:
   options = {}
   if kind == "gemma3_text":
     local = given.get("sliding_attention", {})
+    if local.get("rope_type", "default") != "default":
+      raise UserError(f"{kind}: RoPE of local layers is scaled, and famjax has it unscaled alone")
     options["local_rope_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
     given = given.get("full_attention", given)
-  given = {**(hf.get("rope_scaling") or {}), **given}
+  scaling = hf.get("rope_scaling") or {}
+  if not isinstance(scaling, dict) or not isinstance(given, dict):
+    raise UserError(f"{kind}: its RoPE in config.json is no JSON object")
+  given = {**given, **scaling}  # in the order of transformers
   if given.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone")
-  options["rope_theta"] = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
+  options["rope_theta"] = float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0)
   match given.get("rope_type", given.get("type", "default")):
     case "default":
       return options

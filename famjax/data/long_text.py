@@ -110,8 +110,11 @@ class LongText:
       shuffle: every epoch has an order of its own, by the reader's seed; else the order of paths.
       cache_tokens: files that were read last stay in memory up to so many tokens.
     """
-    if excerpt_tokens is not None and excerpt_tokens < 2:
-      raise UserError(f"excerpt_tokens {excerpt_tokens}: use at least 2, or none for whole files")
+    least = 2 + len(begin_ids(vocabulary))
+    if excerpt_tokens is not None and excerpt_tokens < least:
+      raise UserError(
+          f"excerpt_tokens {excerpt_tokens}: use at least {least}, or none for whole files"
+      )
     self.vocabulary = vocabulary
     self.files = find_files(directory, patterns, split)
     self.fingerprint = fingerprint(self.files)
@@ -126,11 +129,12 @@ class LongText:
     del step  # The files are the same throughout.
     size = len(self.files)
     tokens = self._tokens(shuffled(seed, index, size) if self._shuffle else index % size)
-    if self._excerpt and len(tokens) > self._excerpt:
-      start = int(generator(seed, index).integers(len(tokens) - self._excerpt, endpoint=True))
-      tokens = tokens[start : start + self._excerpt]
+    size = self._excerpt and self._excerpt - len(self._begin)
+    if size and len(tokens) > size:
+      start = int(generator(seed, index).integers(len(tokens) - size, endpoint=True))
+      tokens = tokens[start : start + size]
     if self._begin:
-      tokens = np.asarray([*self._begin, *tokens[: self._excerpt and -len(self._begin)]], np.int32)
+      tokens = np.concatenate([np.asarray(self._begin, np.int32), tokens])
       return tokens, np.asarray(np.arange(len(tokens)) >= len(self._begin), np.float32)
     return tokens, np.broadcast_to(np.float32(1), tokens.shape)
 
@@ -149,6 +153,7 @@ class LongText:
 
 def fingerprint(files: Sequence[pathlib.Path]) -> str:
   """How many files there are, and a hash of their order, names and sizes."""
+  files = [path.absolute() for path in files]
   root = os.path.commonpath([path.parent for path in files])
   listing = [(os.path.relpath(path, root), path.stat().st_size) for path in files]
   return f"{len(files)} files, {hashlib.sha256(repr(listing).encode()).hexdigest()[:8]}"

@@ -1,15 +1,17 @@
 """Pairs of text from files: JSON lines, TSV and TFRecord, through templates.
 
-A file is looked through once, for where its records begin; a record is read when it is asked for.
-Of the data nothing but one number a record stays in memory.
+A file is looked through once, for where its records begin and whether the templates fit each of them;
+a record is read when it is asked for. Of the data two numbers a record stay in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
 import glob
+import itertools
 import json
 import os
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -24,7 +26,7 @@ _VALIDATION_EVERY = 20
 
 
 class PairFiles:
-  """A `Source` of instructions (weight 0) and answers (weight 1) that end with `eos_id`.
+  r"""A `Source` of instructions (weight 0) and answers (weight 1) that end with `eos_id`.
 
   Files, by the end of their names:
 
@@ -49,7 +51,7 @@ class PairFiles:
       split: str = "all",
       shuffle: bool = True,
   ):
-    """Finds the files and where their records begin.
+    r"""Finds the files and where their records begin, and tries every template on every record.
 
     Args:
       vocabulary: any.
@@ -61,8 +63,8 @@ class PairFiles:
       shuffle: every epoch has an order of its own, by the reader's seed; else that of the files.
 
     Raises:
-      UserError: no such file, one of another kind, one without records, or a template with a field
-        that the first record lacks.
+      UserError: no such file, one of another kind, one without records, or a record that cannot be
+        read, lacks a field, or has an empty answer.
     """
     if split not in ("all", "train", "validation"):
       raise UserError(f"split {split!r}: use all, train or validation")
@@ -85,33 +87,22 @@ class PairFiles:
         "train": lambda i: i + i // (every - 1),
     }[split]
     self._shuffle = shuffle
-    for number in range(len(self._templates)):
-      self.pair(0, number)
+    for file in self._files:
+      for n, record in enumerate(file.read_all(), 1):
+        for template in self._templates:
+          _filled(template, record, f"{file.path}, record {n}")
 
   def __len__(self) -> int:
     return self._size
 
   def pair(self, index: int, template: int = 0) -> tuple[str, str]:
-    """Returns the instruction and the answer of a record, in the order of the files.
-
-    Raises:
-      UserError: the record cannot be read, lacks a field, or its answer is empty.
-    """
+    """Returns the instruction and the answer of a record, in the order of the files."""
     number = self._number(index)
     which = int(np.searchsorted(self._ends, number, side="right"))
     file = self._files[which]
     number -= int(self._ends[which]) - len(file)
-    record = file.read(number)
     where = f"{file.path}, record {number + 1}"
-    try:
-      inputs, targets = (text.format_map(record) for text in self._templates[template])
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-      wrong = f"the field {error}" if isinstance(error, KeyError) else f"what a template asks ({error})"
-      have = ", ".join(record) or "none"
-      raise UserError(f"{where} has not {wrong}; its fields: {have}") from None
-    if not targets.strip():
-      raise UserError(f"{where} has an empty answer by the template {self._templates[template][1]!r}")
-    return inputs, targets
+    return _filled(self._templates[template], file.read(number), where)
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`."""
@@ -124,6 +115,20 @@ class PairFiles:
         [*begin_ids(self.vocabulary), *encode(inputs)],
         [*encode(targets), self.vocabulary.eos_id],
     )
+
+
+def _filled(template: tuple[str, str], record: Record, where: str) -> tuple[str, str]:
+  """A template with the fields of a record. Raises UserError if they do not fit."""
+  try:
+    inputs, targets = (text.format_map(record) for text in template)
+  except KeyError as error:
+    have = ", ".join(record) or "none"
+    raise UserError(f"{where} has not the field {error}; its fields: {have}") from None
+  except (ValueError, IndexError, AttributeError, TypeError) as error:
+    raise UserError(f"{where}: the template {template} cannot be filled ({error})") from None
+  if not targets.strip():
+    raise UserError(f"{where} has an empty answer by the template {template[1]!r}")
+  return inputs, targets
 
 
 def find_pair_files(files: str | Sequence[str]) -> list[pathlib.Path]:
@@ -168,10 +173,19 @@ class Records:
 
   def read(self, number: int) -> Record:
     """Returns the fields of a record. Raises UserError if it has none."""
-    start, end = self._starts[number].tolist()
     with open(self.path, "rb") as file:
-      file.seek(start)
-      data = file.read(end - start)
+      return self._read(file, number)
+
+  def read_all(self) -> Iterator[Record]:
+    """Gives the fields of every record. Raises UserError as `read`."""
+    with open(self.path, "rb") as file:
+      for number in range(len(self)):
+        yield self._read(file, number)
+
+  def _read(self, file, number: int) -> Record:
+    start, end = self._starts[number].tolist()
+    file.seek(start)
+    data = file.read(end - start)
     try:
       return self._parse(data)
     except ValueError as error:
@@ -181,8 +195,8 @@ class Records:
 def open_records(path: pathlib.Path, columns: Sequence[str] | None = None) -> Records:
   """Looks a file through. Raises UserError if it has no records, or is cut."""
   kind = _kind(path)
-  spans = np.array(list((_tfrecords if kind == ".tfrecord" else _lines)(path)), np.int64)
-  spans = spans.reshape(-1, 2)
+  ends = itertools.chain.from_iterable((_tfrecords if kind == ".tfrecord" else _lines)(path))
+  spans = np.fromiter(ends, np.int64).reshape(-1, 2)
   parse = {".tfrecord": _parse_tfrecord, ".tsv": None}.get(kind, _parse_json)
   if kind == ".tsv":
     if columns is None and len(spans):
@@ -199,8 +213,8 @@ _KINDS = (".jsonl", ".tsv", ".tfrecord")
 
 def _kind(path: pathlib.Path) -> str | None:
   """The end of a name that says what a file is; "x.tfrecord-00000-of-00008" is a TFRecord file."""
-  suffix = path.suffix.split("-")[0]
-  return suffix if suffix in _KINDS else None
+  found = re.fullmatch(r"(\.\w+?)(-\d+-of-\d+)?", path.suffix)
+  return found[1] if found and found[1] in _KINDS else None
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, int]]:

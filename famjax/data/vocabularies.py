@@ -183,6 +183,11 @@ def begin_ids(vocabulary: Vocabulary) -> list[int]:
   return list(getattr(vocabulary, "begin_ids", ()))
 
 
+def absolute(name: str) -> str:
+  """A vocabulary's name that means the same in any folder."""
+  return str(pathlib.Path(name).absolute()) if _file(name) else name
+
+
 def same_vocabulary(a: str, b: str) -> bool:
   """Whether two names are of one vocabulary: the same name, or files of the same bytes."""
   files = [_file(name) for name in (a, b)]

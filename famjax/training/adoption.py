@@ -1,12 +1,12 @@
 """A run's parameters from another one's checkpoint: what is taken, merged, drawn anew."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 
 import jax
 
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, ModelConfig
 from famjax.training import trainable
 from famjax.training.checkpoint import Loaded, check_model, check_vocabulary
 from famjax.training.checkpoint import load_params, read_model
@@ -20,38 +20,21 @@ MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
 
 
 def model_of(
-    checkpoint: str,
-    memory: MemoryConfig = MemoryConfig(),
-    *,
-    lora_rank: int = 0,
-    lora_alpha: float | None = None,
-    lora_targets: Sequence[str] = ModelConfig.lora_targets,
-    compute_dtype: str | None = None,
-    param_dtype: str | None = None,
-    remat: str = "none",
+    checkpoint: str, options: ModelConfig, *, param_dtype: str | None = None
 ) -> ModelConfig:
-  """The configuration of a checkpoint's model, with a memory and LoRA of its own.
+  """The configuration of a checkpoint's network, with what else `options` says.
 
   Args:
     checkpoint: as `TrainConfig.init_checkpoint`.
-    memory: of the new run.
-    lora_rank, lora_alpha, lora_targets, remat: of the new run, see `ModelConfig`.
-    compute_dtype, param_dtype: of the new run; None: the checkpoint's.
+    options: memory, LoRA, compute_dtype and remat are taken from it, and nothing else.
+    param_dtype: of the new run; None: the checkpoint's.
 
   Raises:
     UserError: there is no checkpoint.
   """
   found = read_model(checkpoint)
-  return dataclasses.replace(
-      found,
-      memory=memory,
-      lora_rank=lora_rank,
-      lora_alpha=lora_alpha,
-      lora_targets=tuple(lora_targets),
-      compute_dtype=compute_dtype or found.compute_dtype,
-      param_dtype=param_dtype or found.param_dtype,
-      remat=remat,
-  )
+  taken = {name: getattr(options, name) for name in MAY_DIFFER}
+  return dataclasses.replace(found, **taken | {"param_dtype": param_dtype or found.param_dtype})
 
 
 def from_checkpoint(
@@ -60,7 +43,7 @@ def from_checkpoint(
   """Another checkpoint's parameters as those of a model, and what there is to say about them.
 
   Args:
-    config: `init_checkpoint` and `seed`.
+    config: `init_checkpoint`, `seed`, `objective` and `trainable`.
     model: of the new run.
     vocabulary: its name.
     fresh_params: makes the new run's parameters at random.
@@ -73,7 +56,9 @@ def from_checkpoint(
   check_model(path, loaded.model, model, MAY_DIFFER)
   check_vocabulary(path, loaded.vocabulary, vocabulary)
   wanted = jax.eval_shape(fresh_params)
-  params, factors = _as_factors(loaded, model, fresh_params)
+  # A teacher is what is frozen: factors that go on would be no part of it.
+  anew = config.objective == "distill" and trainable.choose(config.trainable, model) == "lora"
+  params, factors = _as_factors(loaded, model, fresh_params, anew)
   notes = [f"starting from the parameters of {path}, step {loaded.step}"]
   notes += [
       f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
@@ -83,14 +68,15 @@ def from_checkpoint(
 
 
 def _as_factors(
-    loaded: Loaded, model: ModelConfig, fresh_params: Callable[[], Params]
+    loaded: Loaded, model: ModelConfig, fresh_params: Callable[[], Params], anew: bool = False
 ) -> tuple[Params, Params]:
   """A checkpoint's parameters for a model, and the LoRA factors that these lack.
 
-  A checkpoint with the same LoRA goes on with it; another one's is merged into its matrices.
+  A checkpoint with the same LoRA goes on with it; another one's, or any one if factors are made
+  `anew`, is merged into its matrices.
   """
   theirs, ours = loaded.model.normalised(), model.normalised()
-  if any(getattr(theirs, name) != getattr(ours, name) for name in _LORA):
+  if anew or any(getattr(theirs, name) != getattr(ours, name) for name in _LORA):
     params, _ = lora.merge(loaded.params, loaded.model)
     if model.lora_rank:
       factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()

@@ -26,6 +26,25 @@ def teacher_config(model: ModelConfig, chosen: str, length: int) -> ModelConfig:
   return dataclasses.replace(model, memory=full, lora_rank=rank, remat="none")
 
 
+def notes(path: str, original: ModelConfig, length: int) -> list[str]:
+  """What there is to say of a teacher: how far it can be believed.
+
+  Args:
+    path: where it is.
+    original: the configuration that its checkpoint records.
+    length: S, tokens of a row.
+  """
+  memory = original.memory
+  if memory.context is None:
+    return [f"note: {path} was trained with a window; its teaching is with full attention all the same"]
+  if memory.context < length:
+    return [
+        f"note: {path} is an ordinary decoder of {memory.context} tokens, and it teaches rows of {length}:"
+        " what it says beyond is as good as its RoPE; lower LENGTH"
+    ]
+  return []
+
+
 def check(config: TrainConfig, chosen: str) -> None:
   """Raises UserError if there is nothing that can be a teacher."""
   if config.objective == "next_token":

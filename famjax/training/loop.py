@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from famjax.data import FollowingReader, Reader, prefetch
+from famjax.data.vocabularies import absolute
 from famjax.errors import DivergedError, UserError
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training import distillation, parameters, run_directory, trainable
 from famjax.training.adoption import from_checkpoint
-from famjax.training.checkpoint import About, Checkpoints, save_base
+from famjax.training.checkpoint import About, Checkpoints, read_model, save_base
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
@@ -97,7 +98,7 @@ def train(
   flops = flops_per_token(
       model, length, config.follow_rows, frozen=chosen != "full", teacher=teacher
   )
-  about = About(model, vocabulary, chosen)
+  about = About(model, absolute(vocabulary), chosen)
 
   def begin(params):
     trained, frozen = trainable.part(params, chosen)
@@ -116,6 +117,9 @@ def train(
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
     params, notes = from_checkpoint(config, model, vocabulary, fresh_params)
+    if teacher is not None:
+      original = read_model(config.init_checkpoint)
+      notes += distillation.notes(config.init_checkpoint, original, length)
     state, position = begin(params), train_reader.start()
     del params  # some may be copies of other arrays than the state's
   else:

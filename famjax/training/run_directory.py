@@ -18,7 +18,7 @@ from famjax.training.metrics import write_text
 from famjax.training.optimizer import DECAYING
 
 # Settings by the name that they have in gin that change no step of training.
-_FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat"}
+_FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat", "model_of.checkpoint"}
 _FREE |= {f"TrainConfig.{name}" for name in MAY_CHANGE}
 
 

@@ -80,6 +80,7 @@ def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE of type 'yarn' is not one"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, "'chunked'"),
         ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window is set"),
+        ({"rope_scaling": "linear"}, "its RoPE in config.json is no JSON object"),
         ({"num_hidden_layers": None}, "llama: config.json lacks num_hidden_layers"),
         ({"quantization_config": {"bits": 4}}, "llama: the weights are quantized"),
         ({"partial_rotary_factor": 0.5}, "llama: partial_rotary_factor is 0.5"),

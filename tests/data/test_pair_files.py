@@ -124,7 +124,10 @@ def test_numbers_are_fields_and_lists_are_none(tmp_path):
         ("a.jsonl", b'{"inputs": 1}', {"split": "test"}, "use all, train or validation"),
         ("a.jsonl", b'{"inputs": 1}', {"split": "validation"}, "1 records are too few to hold one"),
         ("a.jsonl", b'{"inputs": 1}', {"templates": ()}, "give pairs"),
-        ("a.jsonl", b'{"inputs": 1}', {"templates": (("{inputs", "x"),)}, "what a template asks"),
+        ("a.jsonl", b'{"inputs": 1}', {"templates": (("{inputs", "x"),)}, "cannot be filled"),
+        ("a.jsonl", b'{"inputs": "1"}', {"templates": (("{inputs[x]}", "x"),)}, "cannot be filled"),
+        ("a.jsonl", b'{"inputs": 1, "targets": 2}\n{"inputs": 1}', {}, "record 2 has not the field"),
+        ("a.tsv-old", b"x", {}, "a.tsv-old is of no kind that is read"),
     ],
 )
 def test_wrong_files_are_one_line(name, content, options, message, tmp_path):
@@ -132,6 +135,13 @@ def test_wrong_files_are_one_line(name, content, options, message, tmp_path):
   with pytest.raises(UserError, match=message) as error:
     PairFiles(BYTES, str(tmp_path / name), **options)
   assert "\n" not in str(error.value)
+
+
+def test_paths_of_both_kinds(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write_jsonl(tmp_path / "a.jsonl", PAIRS[:2])
+  write_jsonl(tmp_path / "b.jsonl", PAIRS[2:3])
+  assert len(PairFiles(BYTES, ("a.jsonl", str(tmp_path / "b.jsonl")))) == 3
 
 
 def test_files_that_are_not_there(tmp_path):

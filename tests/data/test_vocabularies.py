@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from famjax.data import passkey
+from famjax.data.vocabularies import absolute
 from famjax.data.vocabularies import load_vocabulary
 from famjax.data.vocabularies import WordVocabulary
 from famjax.errors import UserError
@@ -68,3 +69,9 @@ def test_a_missing_or_wrong_file_is_named(tmp_path):
   broken.write_text("not a model")
   with pytest.raises(UserError, match="broken.model"):
     load_vocabulary(str(broken))
+
+
+def test_a_name_that_means_the_same_in_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = sentencepiece_model(tmp_path / "m")
+  assert absolute("m/tiny.model") == path and absolute("bytes") == "bytes"

@@ -48,6 +48,25 @@ def test_a_student_that_sees_all_has_nothing_to_learn(base, tmp_path):
   assert losses(tmp_path / "narrow")[0] > 1e-3
 
 
+def test_the_teacher_of_a_student_made_of_a_lora_run_has_that_lora_in_it(base, tmp_path, capsys):
+  """Its factors are merged, and the student's are new."""
+  wide = change(toy.BSWA, lora_rank=4, memory=change(toy.BSWA.memory, memory_segments=2))
+  tuned = tmp_path / "tuned"
+  config = change(toy.TRAIN, train_steps=20, init_checkpoint=str(base))
+  loop.train(tuned, wide, toy.ToyReader(), toy.OPTIMIZER, config, vocabulary="toy")
+  train(tmp_path / "run", wide, train_steps=1, log_every=1, init_checkpoint=str(tuned))
+  assert abs(losses(tmp_path / "run")[0]) < 1e-5
+  assert "tuned was trained with a window; its teaching is with full" in capsys.readouterr().out
+
+
+def test_a_teacher_is_not_believed_beyond_its_context():
+  memory = change(toy.MODEL.memory, kind="full")
+  full = lambda segments: change(toy.MODEL, memory=change(memory, memory_segments=segments))
+  assert not distillation.notes("hub", full(2), 12)
+  (note,) = distillation.notes("hub", full(1), 12)
+  assert "hub is an ordinary decoder of 8 tokens, and it teaches rows of 12" in note
+
+
 @pytest.mark.parametrize("trainable", ["lora", "fam"])
 def test_a_student_comes_nearer_and_the_original_stays(trainable, base, tmp_path):
   options = dict(train_steps=80, log_every=20, init_checkpoint=str(base), trainable=trainable)
