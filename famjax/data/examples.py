@@ -50,6 +50,14 @@ def join(inputs: Sequence[int], targets: Sequence[int]) -> tuple[np.ndarray, np.
   return tokens, weights
 
 
+def join_texts(
+    vocabulary: Vocabulary, inputs: str, targets: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """`join` of an instruction, which begins a text, and an answer, which ends one."""
+  first = [*begin_ids(vocabulary), *vocabulary.encode(inputs)]
+  return join(first, [*vocabulary.encode(targets), vocabulary.eos_id])
+
+
 def shuffled(seed: int, index: int, size: int) -> int:
   """Returns what stands at a place of an endless row of epochs, each in an order of its own."""
   epoch, place = divmod(index, size)
@@ -83,9 +91,7 @@ class PairExamples:
     del step  # The pairs are the same throughout.
     size = len(self._pairs)
     inputs, targets = self._pairs[shuffled(seed, index, size) if self._shuffle else index % size]
-    encode = self.vocabulary.encode
-    begin = begin_ids(self.vocabulary)
-    return join([*begin, *encode(inputs)], [*encode(targets), self.vocabulary.eos_id])
+    return join_texts(self.vocabulary, inputs, targets)
 
 
 class TaskExamples:

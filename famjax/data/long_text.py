@@ -22,7 +22,7 @@ from famjax.errors import UserError
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.py")
 # Not the library itself: its tests, and what has been installed beside it.
 _NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-_VALIDATION_EVERY = 20
+VALIDATION_EVERY = 20
 
 
 def find_files(
@@ -64,14 +64,14 @@ def find_files(
         f"corpus {root}: no file {' or '.join(patterns)} with text in it; name another directory or"
         " other patterns"
     )
-  held_out = files[_VALIDATION_EVERY - 1 :: _VALIDATION_EVERY]
+  held_out = files[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
   if split == "validation" and not held_out:
     raise UserError(
-        f"corpus {root}: {len(files)} files are too few to hold one in {_VALIDATION_EVERY} out for"
+        f"corpus {root}: {len(files)} files are too few to hold one in {VALIDATION_EVERY} out for"
         " validation; name another directory for validation, with split all"
     )
   if split == "train":
-    return [path for i, path in enumerate(files, 1) if i % _VALIDATION_EVERY]
+    return [path for i, path in enumerate(files, 1) if i % VALIDATION_EVERY]
   return held_out if split == "validation" else files
 
 

@@ -16,13 +16,12 @@ import struct
 
 import numpy as np
 
-from famjax.data.examples import TEMPLATE, generator, join, shuffled
-from famjax.data.long_text import fingerprint
-from famjax.data.vocabularies import Vocabulary, begin_ids
+from famjax.data.examples import TEMPLATE, generator, join_texts, shuffled
+from famjax.data.long_text import VALIDATION_EVERY, fingerprint
+from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 
 Record = dict[str, str]
-_VALIDATION_EVERY = 20
 
 
 class PairFiles:
@@ -76,7 +75,7 @@ class PairFiles:
     self.fingerprint = fingerprint(paths)
     self._files = [open_records(path, columns) for path in paths]
     self._ends = np.cumsum([len(file) for file in self._files])
-    every, size = _VALIDATION_EVERY, int(self._ends[-1])
+    every, size = VALIDATION_EVERY, int(self._ends[-1])
     held_out = size // every
     self._size = {"all": size, "validation": held_out, "train": size - held_out}[split]
     if not self._size:
@@ -109,12 +108,7 @@ class PairFiles:
     del step  # the pairs are the same throughout
     number = shuffled(seed, index, self._size) if self._shuffle else index % self._size
     template = int(generator(seed, index, TEMPLATE).integers(len(self._templates)))
-    inputs, targets = self.pair(number, template)
-    encode = self.vocabulary.encode
-    return join(
-        [*begin_ids(self.vocabulary), *encode(inputs)],
-        [*encode(targets), self.vocabulary.eos_id],
-    )
+    return join_texts(self.vocabulary, *self.pair(number, template))
 
 
 def _filled(template: tuple[str, str], record: Record, where: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from famjax.model.state import State, empty_state
 from famjax.training import parameters
 from famjax.training.adoption import adopt, new_fam
 from famjax.training.checkpoint import Loaded, load_params
-from famjax.training.train_state import split
+from famjax.training.train_state import abstract
 
 
 class Score(NamedTuple):
@@ -357,7 +357,7 @@ def assemble(
   params, config = lora.merge(loaded.params, loaded.model)
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
-  graphdef, fresh = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  graphdef, fresh = abstract(config)
   if fam_prompt is not None:
     params = params | {"fam_prompt": jnp.asarray(fam_prompt)}
     if "fam_prompt" not in fresh:

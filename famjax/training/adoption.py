@@ -39,14 +39,17 @@ def model_of(
 
 def from_checkpoint(
     config: TrainConfig, model: ModelConfig, vocabulary: str, fresh_params: Callable[[], Params]
-) -> tuple[Params, list[str]]:
-  """Another checkpoint's parameters as those of a model, and what there is to say about them.
+) -> tuple[Params, ModelConfig, list[str]]:
+  """Another checkpoint's parameters as those of a model.
 
   Args:
     config: `init_checkpoint`, `seed`, `objective` and `trainable`.
     model: of the new run.
     vocabulary: its name.
     fresh_params: makes the new run's parameters at random.
+
+  Returns:
+    The parameters, the configuration that the checkpoint records, and what there is to say.
 
   Raises:
     UserError: the checkpoint is of another model or vocabulary.
@@ -64,7 +67,7 @@ def from_checkpoint(
       f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
       for name in new_fam(wanted, loaded.params)
   ]
-  return adopt(wanted, params, config.seed, factors), notes
+  return adopt(wanted, params, config.seed, factors), loaded.model, notes
 
 
 def _as_factors(

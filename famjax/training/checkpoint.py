@@ -24,7 +24,6 @@ import shutil
 from typing import Any, NamedTuple
 import warnings
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +34,8 @@ from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
-from famjax.model.decoder import Decoder
 from famjax.training import parameters
-from famjax.training.train_state import Params, TrainState, split
+from famjax.training.train_state import Params, TrainState, abstract
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
@@ -356,8 +354,7 @@ def load_params(path: str | pathlib.Path) -> Loaded:
   for step in steps:
     try:
       about = read_about(directory / str(step))
-      abstract = jax.eval_shape(lambda: split(Decoder(about.model, rngs=nnx.Rngs(0)))[1])
-      trained, frozen = part(abstract, about.trainable)
+      trained, frozen = part(abstract(about.model)[1], about.trainable)
       params = load_items(directory / str(step), {"params": trained})["params"]
       params = join(params, _load_base(directory.parent, frozen, about.base))
       return Loaded(params, about.model, about.vocabulary, step)
@@ -400,14 +397,14 @@ def _free_name(broken: pathlib.Path) -> pathlib.Path:
 def load_items(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
   """Reads checkpointables of one step, shaped and placed like `items`."""
 
-  def abstract(x):
+  def shape_of(x):
     if isinstance(x, np.ndarray):
       return x
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   with quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
-    return checkpointer.load_checkpointables(int(path.name), jax.tree.map(abstract, items))
+    return checkpointer.load_checkpointables(int(path.name), jax.tree.map(shape_of, items))
 
 
 def without_empty(tree):

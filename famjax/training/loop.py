@@ -23,13 +23,13 @@ from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training import distillation, parameters, run_directory, trainable
 from famjax.training.adoption import from_checkpoint
-from famjax.training.checkpoint import About, Checkpoints, read_model, save_base
+from famjax.training.checkpoint import About, Checkpoints, save_base
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import TrainState, init_train_state, split, structure
+from famjax.training.train_state import TrainState, abstract, init_train_state, split
 
 
 class TrainResult(NamedTuple):
@@ -86,7 +86,7 @@ def train(
   run_dir = pathlib.Path(run_dir)
 
   # ------------------------------------------------------------------------- model and optimizer
-  graphdef = structure(model)
+  graphdef, _ = abstract(model)
   transformation = make_optimizer(optimizer, config.train_steps)
   schedule = make_schedule(optimizer, config.train_steps)
   chosen, length = trainable.choose(config.trainable, model), train_reader.length
@@ -116,9 +116,8 @@ def train(
     state, position = restored.state, restored.position
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
-    params, notes = from_checkpoint(config, model, vocabulary, fresh_params)
+    params, original, notes = from_checkpoint(config, model, vocabulary, fresh_params)
     if teacher is not None:
-      original = read_model(config.init_checkpoint)
       notes += distillation.notes(config.init_checkpoint, original, length)
     state, position = begin(params), train_reader.start()
     del params  # some may be copies of other arrays than the state's

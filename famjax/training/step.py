@@ -13,7 +13,7 @@ from famjax.model.rope import wavelength
 from famjax.model.state import State, empty_state, restart
 from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, distillation_loss, next_token_loss
-from famjax.training.train_state import Params, TrainState, structure
+from famjax.training.train_state import Params, TrainState, abstract
 from famjax.training.trainable import join
 
 Batch = dict[str, jax.Array]
@@ -37,8 +37,8 @@ def make_train_step(
       `loss_chunk`.
     optimizer: optax transformation.
     schedule: step to learning rate, for the metrics.
-    teacher: configuration of the decoder to learn from, whose parameters are the frozen ones (`distillation`);
-      None: from the next tokens.
+    teacher: configuration of the decoder to learn from, whose parameters are the frozen ones
+      (`distillation`); None: from the next tokens.
 
   Returns:
     A jitted function of a state, whose memory it takes over, and a batch: `tokens`, `targets`
@@ -47,8 +47,7 @@ def make_train_step(
     float32 scalars: `loss` (nats per unit of weight), `accuracy`, `weight`, `tokens`,
     `grad_norm` (before clipping), `learning_rate`.
   """
-
-  teacher_graph = None if teacher is None else structure(teacher)
+  teacher_graph = None if teacher is None else abstract(teacher)[0]
 
   def loss_of_rows(params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch]):
     memory, start, batch = rows

@@ -52,9 +52,9 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
   return graphdef, nnx.to_pure_dict(params)
 
 
-def structure(config: ModelConfig) -> nnx.GraphDef:
-  """The structure of a configuration's `Decoder`; no weight is made."""
-  return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+  """`split` of a configuration's `Decoder`, with shapes and dtypes in place of weights."""
+  return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
 
 
 def init_train_state(
