@@ -8,10 +8,16 @@ Python library's own sources.
 A small Llama-shaped decoder with full attention is trained on short excerpts of the texts, in tokens
 of a byte-level BPE that is made from them, and saved in Hugging Face's format, which transformers
 loads. From that directory each student starts: LoRA with a window alone (BSWA) and with a FAM, by
-self-distillation, by long texts that rows follow, and by instructions; and all parameters by
-instructions. Each is asked for the next tokens of texts that were not trained on, by the place in the
-text, and goes back into Hugging Face's format. What is there already is not made again. Writes
-`report.json`, `table.md` and `finetune.png` to runs/finetune.
+self-distillation, by long texts that rows follow, by instructions, and by pass keys; and all
+parameters by instructions. Each goes back into Hugging Face's format, and is asked
+
+  - for the next tokens of texts that were not trained on, by the place in the text;
+  - for the same at the beginning of the texts, read from that format as the plain decoder that it
+    was before, with full attention: what fine-tuning has cost it;
+  - for pass keys, if those were trained.
+
+What is there already is not made again. Writes `report.json`, `tables.md` and `finetune.png` to
+runs/finetune.
 """
 
 import argparse
@@ -19,6 +25,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -26,14 +33,20 @@ SIZE = {
     "num_layers": 4, "model_dim": 192, "num_heads": 3, "ff_dim": 512, "compute_dtype": "float32",
 }  # fmt: skip
 STUDENT = ["BLOCK_SIZE=64", "MEMORY_SEGMENTS=1", "FAM_LENGTH=16", "LORA_RANK=32"]
-CONTEXT = 512  # tokens that the decoder is trained on, and its teacher sees
+CONTEXT = 256  # tokens that the decoder is trained on, and its teacher sees
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WAYS = {  # of training a student: run file, and what is set in it
     "distilled": ("retrofit", [f"LENGTH={CONTEXT}", "BATCH_SIZE=16"]),
     "long texts": (
         "long_text", [f"LENGTH={CONTEXT}", "BATCH_SIZE=16", "OptimizerConfig.weight_decay=0.0"],
     ),
-    "instructions": ("finetune_flan", ["LENGTH=1024", "BATCH_SIZE=8"]),
+    "instructions": ("finetune_flan", ["LENGTH=1024", "BATCH_SIZE=4"]),
+    "pass keys": (
+        "passkey_base",
+        ["LENGTH=512", "BATCH_SIZE=8", "Lengths.low=2", "LEARNING_RATE=2e-3",
+         "LONGEST_BLOCKS=((0, 4), (150, 8), (200, 16), (250, 32))",
+         "EVAL_BLOCKS=(2, 4, 8, 16, 32, 64, 128)"],
+    ),
 }  # fmt: skip
 FIELDS = ("question", "answer", "why")
 TEMPLATES = (("Q: {question}\nA:", " {why} So the answer is {answer}."), ("{question}\n", "{answer}"))
@@ -45,9 +58,9 @@ def main() -> None:
   parser.add_argument("--train", help="directory of texts to train on")
   parser.add_argument("--valid", help="directory of texts to ask about")
   parser.add_argument("--pairs", help="TSV files of question, answer and reasons; none: left out")
-  parser.add_argument("--base_steps", type=int, default=3000)
-  parser.add_argument("--steps", type=int, default=600, help="of each student")
-  parser.add_argument("--vocab", type=int, default=4096, help="entries of the BPE")
+  parser.add_argument("--base_steps", type=int, default=1500)
+  parser.add_argument("--steps", type=int, default=400, help="of each student")
+  parser.add_argument("--vocab", type=int, default=2048, help="entries of the BPE")
   parser.add_argument("--texts", type=int, default=32, help="excerpts to ask about")
   parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
   arguments = parser.parse_args()
@@ -80,7 +93,7 @@ def _base(out: pathlib.Path, arguments) -> pathlib.Path:
       *_set(
           [f"RUN_DIR={out / 'base'}", f"VOCABULARY={tokenizer}", f"TRAIN_STEPS={arguments.base_steps}"],
           size, _corpus(arguments),
-          [f"LENGTH={CONTEXT}", "BLOCK_SIZE=64", f"MEMORY_SEGMENTS={CONTEXT // 64 - 1}"],
+          [f"LENGTH={CONTEXT}", f"BLOCK_SIZE={CONTEXT}", "MEMORY_SEGMENTS=0"],
           ["LEARNING_RATE=2e-3", "BATCH_SIZE=16", "TrainConfig.rsp_probability=0.0"],
           ["TrainConfig.random_offset=False", "OptimizerConfig.schedule=cosine"],
           ["OptimizerConfig.warmup_steps=100"],
@@ -100,7 +113,10 @@ def _make_tokenizer(directory: pathlib.Path, arguments) -> None:
 
   files = find_files(arguments.train, split="all" if arguments.train else "train")
   tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([  # Digits are tokens, as Llama's are.
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+  ])
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
       vocab_size=arguments.vocab, special_tokens=["<pad>", "</s>"],
@@ -118,52 +134,81 @@ def _student(out, hub, arguments, student) -> None:
   name, (way, memory, trainable) = student
   run = out / _slug(name)
   run_file, settings = WAYS[way]
-  more = _corpus(arguments) if way != "instructions" else [
-      f"DATA={arguments.pairs}", f"COLUMNS={FIELDS!r}", f"TEMPLATES={TEMPLATES!r}",
-      "PackedReader.repeat_length=128",
-  ]  # fmt: skip
+  log = run.with_suffix(".log")
+  more = []
+  if way == "instructions":
+    more = [f"DATA={arguments.pairs}", f"COLUMNS={FIELDS!r}", f"TEMPLATES={TEMPLATES!r}",
+            "PackedReader.repeat_length=128"]  # fmt: skip
+  elif way != "pass keys":
+    more = _corpus(arguments)
   if trainable == "full":
     more += ["LORA_RANK=0", "LEARNING_RATE=3e-4"]
   files = ["gin/options/lora.gin", "gin/options/adamw.gin", "gin/options/model_of_checkpoint.gin"]
   files += [f"gin/memory/{memory.lower()}.gin"]
-  _famjax(
-      run.with_suffix(".log"), "train", f"--gin_file=gin/runs/{run_file}.gin",
-      *(f"--gin_file={file}" for file in files),
+  described = [
+      f"--gin_file=gin/runs/{run_file}.gin", *(f"--gin_file={file}" for file in files),
       *_set(
           STUDENT, ["LEARNING_RATE=1e-3"], settings, more,
           [f"RUN_DIR={run}", f"TRAIN_STEPS={arguments.steps}", f"VOCABULARY={hub}"],
           [f"INITIAL_CHECKPOINT={hub}", f"TrainConfig.init_checkpoint={hub}"],
       ),
-  )  # fmt: skip
-  back = run.with_name(run.name + "-hub")
-  if not back.exists():
-    _famjax(run.with_suffix(".log"), "convert", "--to=hf", f"--src={run}", f"--dst={back}")
+  ]  # fmt: skip
+  _famjax(log, "train", *described)
+  if way == "pass keys":
+    _famjax(log, "eval", *described)
+  if not _exported(run).exists():
+    _famjax(log, "convert", "--to=hf", f"--src={run}", f"--dst={_exported(run)}")
 
 
 def _report(out, hub, arguments, students) -> None:
   """Asks every model, and writes what it found."""
   import famjax  # pylint: disable=import-outside-toplevel
+  from famjax.data.vocabularies import load_vocabulary  # pylint: disable=import-outside-toplevel
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
+  window = famjax.MemoryConfig("bswa", 64, 1)
+  original = famjax.MemoryConfig("full", CONTEXT, 0)
+  texts = _texts(load_vocabulary(str(hub)), arguments)
+  ask = lambda name, place, memory: _asked(out / f"{_slug(name)}.json", place, memory, texts)
+  places = {"full attention": ask("full", hub, original), "BSWA, not trained": ask("window", hub, window)}
+  beginnings = {"before": places["full attention"]}
+  keys = {}
+  for name, (way, *_) in students.items():
+    run = out / _slug(name)
+    places[name] = ask(f"{name} by place", run, None)
+    beginnings[name] = ask(f"{name} as it was", _exported(run), original)
+    if way == "pass keys":
+      keys[name] = json.loads((run / report.PASSKEY).read_text())["accuracy"]
+  gains = {
+      way: _gain(places[f"FAM, {way}"], places[f"BSWA, {way}"])
+      for way in WAYS
+      if f"FAM, {way}" in places
+  }
+  tables = "\n".join([
+      _places_table(places), _gains_table(gains), _beginnings_table(beginnings), _keys_table(keys),
+  ])  # fmt: skip
+  about = {"command": ["python", *sys.argv], "machine": report.machine()}
+  found = {"by_place": places, "as_plain_decoder": beginnings, "pass_keys": keys}
+  report.write_json(out / "report.json", about | found)
+  (out / "tables.md").write_text(tables)
+  _plot(places, keys, out / "finetune.png")
+  print(tables)
+
+
+def _asked(file: pathlib.Path, place: pathlib.Path, memory, texts) -> list[list[dict]]:
+  """Of every text the bins of `by_position`; from the file, if they are there."""
+  import famjax  # pylint: disable=import-outside-toplevel
   from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
   from famjax.evaluation.by_position import by_position  # pylint: disable=import-outside-toplevel
 
-  window = famjax.MemoryConfig("bswa", 64, 1)
-  models = {
-      "full attention, as it was trained": (hub, famjax.MemoryConfig("full", 64, CONTEXT // 64 - 1)),
-      "BSWA, not trained": (hub, window),
-  } | {name: (out / _slug(name), None) for name in students}
-  texts, found = None, {}
-  for name, (place, memory) in models.items():
+  if not file.exists():
     model = famjax.load(str(place), memory)
-    texts = texts or _texts(model.vocabulary, arguments)
     reach = model.config.memory.context or EDGES[-1]
-    bins = by_position(model, texts, [edge for edge in EDGES if edge <= reach])
-    found[name] = [bin._asdict() for bin in bins]
-    print(f"{name}: {' '.join(f'{bin.accuracy:.4f}' for bin in bins)}", flush=True)
-  about = {"command": ["python", *sys.argv], "machine": report.machine()}
-  report.write_json(out / "report.json", about | {"by_position": found})
-  (out / "table.md").write_text(_table(found))
-  _plot(found, out / "finetune.png")
-  print(_table(found))
+    edges = [edge for edge in EDGES if edge <= reach]
+    bins = [[bin._asdict() for bin in by_position(model, [text], edges)] for text in texts]
+    report.write_json(file, bins)
+    print(f"{file.stem}: asked", flush=True)
+  return json.loads(file.read_text())
 
 
 def _texts(vocabulary, arguments):
@@ -179,31 +224,82 @@ def _texts(vocabulary, arguments):
   return [np.asarray(text, np.int32) for text in longest]
 
 
-def _table(found) -> str:
-  edges = [bin["last"] for bin in max(found.values(), key=len)]
-  lines = ["| next-token accuracy up to token | " + " | ".join(f"{e:,}" for e in edges) + " |"]
-  lines += ["| --- |" + " ---: |" * len(edges)]
-  for name, bins in found.items():
-    cells = [f"{bin['accuracy']:.4f}" for bin in bins] + [""] * (len(edges) - len(bins))
-    lines.append(f"| {name} | {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+def _accuracy(texts: list[list[dict]], first: int = 0, last: int = EDGES[-1]) -> list[float]:
+  """Of every text the accuracy between two places."""
+  accuracies = []
+  for bins in texts:
+    inside = [bin for bin in bins if first <= bin["first"] and bin["last"] <= last and bin["tokens"]]
+    right = sum(bin["accuracy"] * bin["tokens"] for bin in inside)
+    accuracies.append(right / sum(bin["tokens"] for bin in inside))
+  return accuracies
 
 
-def _plot(found, path: pathlib.Path) -> None:
+def _gain(more: list[list[dict]], less: list[list[dict]]) -> tuple[float, float]:
+  """Mean difference in accuracy past the window's reach, and its standard error over texts."""
+  pairs = zip(_accuracy(more, first=512), _accuracy(less, first=512))
+  differences = [a - b for a, b in pairs]
+  error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+  return statistics.mean(differences), error
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+  lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _places_table(places) -> str:
+  rows = []
+  for name, texts in places.items():
+    bins = range(len(texts[0]))
+    rows.append([name] + [f"{statistics.mean(_accuracy(texts, EDGES[i], EDGES[i + 1])):.4f}" for i in bins])
+    rows[-1] += [""] * (len(EDGES) - 1 - len(bins))
+  return _table(["next-token accuracy up to token", *(f"{edge:,}" for edge in EDGES[1:])], rows)
+
+
+def _gains_table(gains) -> str:
+  rows = [[way, f"{100 * mean:+.2f} ± {100 * error:.2f}"] for way, (mean, error) in gains.items()]
+  return _table(["way of training", "FAM over BSWA past token 512, points of accuracy"], rows)
+
+
+def _beginnings_table(beginnings) -> str:
+  before = statistics.mean(_accuracy(beginnings["before"], last=CONTEXT))
+  rows = []
+  for name, texts in beginnings.items():
+    accuracy = statistics.mean(_accuracy(texts, last=CONTEXT))
+    rows.append([name, f"{accuracy:.4f}", f"{100 * (accuracy - before):+.2f}"])
+  head = [f"as a plain decoder of {CONTEXT} tokens", "next-token accuracy", "points lost or won"]
+  return _table(head, rows)
+
+
+def _keys_table(keys) -> str:
+  blocks = list(next(iter(keys.values()), ()))
+  rows = [[name] + [f"{accuracy:.2f}" for accuracy in row.values()] for name, row in keys.items()]
+  return _table([f"pass keys given back after blocks of 64", *blocks], rows)
+
+
+def _plot(places, keys, path: pathlib.Path) -> None:
   import matplotlib  # pylint: disable=import-outside-toplevel
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
 
-  figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-  for name, bins in found.items():
-    style = "--" if "BSWA" in name else "-"
-    axes.plot([b["last"] for b in bins], [b["accuracy"] for b in bins], style, marker="o", label=name)
-  axes.set_xscale("log", base=2)
-  axes.set_xlabel("place in the text, tokens")
-  axes.set_ylabel("next-token accuracy")
-  axes.grid(alpha=0.25)
-  axes.legend(frameon=False, fontsize="small")
+  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), dpi=150, layout="constrained")
+  colours = {}
+  for name, texts in places.items():
+    memory, _, way = name.partition(", ")
+    colour = colours.setdefault(way, f"C{len(colours)}")
+    values = [statistics.mean(_accuracy(texts, a, b)) for a, b in zip(EDGES, EDGES[1 : len(texts[0]) + 1])]
+    style = "--" if memory == "BSWA" else "-"
+    left.plot(EDGES[1 : len(values) + 1], values, style, color=colour, marker="o", ms=4, label=name)
+  for name, row in keys.items():
+    style = "--" if name.startswith("BSWA") else "-"
+    right.plot([int(blocks) * 64 for blocks in row], list(row.values()), style, marker="o", label=name)
+  for axes, label in ((left, "next-token accuracy, texts not trained on"), (right, "pass keys given back")):
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("place in the text, tokens" if axes is left else "length of the document, tokens")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize="small")
   figure.savefig(path)
   plt.close(figure)
 
@@ -217,6 +313,10 @@ def _corpus(arguments) -> list[str]:
 
 def _set(*bindings: list[str]) -> list[str]:
   return [f"--gin.{binding}" for group in bindings for binding in group]
+
+
+def _exported(run: pathlib.Path) -> pathlib.Path:
+  return run.with_name(run.name + "-hub")
 
 
 def _slug(name: str) -> str:

@@ -31,6 +31,8 @@ from famjax import data
 from famjax.errors import UserError
 from famjax.evaluation import passkey, study
 from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.parallel.mesh import MeshConfig
+from famjax.parallel.placement import AxisRules
 from famjax.training.adoption import model_of
 from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, check, train
@@ -55,7 +57,7 @@ def vocabulary_size(name: str, multiple_of: int = 1) -> int:
 CONFIGURABLE = {
     thing.__name__: thing
     for thing in (
-        train, TrainConfig, ModelConfig, MemoryConfig, OptimizerConfig,
+        train, TrainConfig, ModelConfig, MemoryConfig, OptimizerConfig, MeshConfig, AxisRules,
         data.load_vocabulary, vocabulary_size, model_of,
         data.PassKeyExamples, data.Lengths, data.LongText, data.PairFiles, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,

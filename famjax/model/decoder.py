@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famjax.model import blocks, memory, rope, within
+from famjax.model import axes, blocks, memory, rope, within
 from famjax.model.attention import KeySet, attend
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
@@ -169,6 +169,14 @@ class Decoder(nnx.Module):
     logits = jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+  def gathered(self) -> "Decoder":
+    """The same decoder; what stands outside its layers is gathered, if it is split (`axes`).
+
+    A loss that goes through the vocabulary chunk by chunk wants it before the first.
+    """
+    graphdef, layers, outside = nnx.split(self, lambda path, _: path[0] == "layers", ...)
+    return nnx.merge(graphdef, layers, axes.gather(outside))
+
   def hidden(
       self,
       tokens: jax.Array,
@@ -213,11 +221,12 @@ class Decoder(nnx.Module):
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
       apply = within.apply_layer if layout.within else apply_layer
       x, after = apply(layer, x, mine, layout, turns, first, kinds[kind])
-      return (x, initial), after
+      return (axes.constrain(x, "batch", None, None, "width"), initial), after
 
     dtype = jnp.dtype(config.compute_dtype)
     scale = jnp.asarray(config.model_dim**0.5 if config.scale_embeddings else 1, dtype)
     x = self.embedder.embedding[...].astype(dtype)[layout.place(tokens, N)] * scale
+    x = axes.constrain(x, "batch", None, None, "width")
     prompt = None
     if starting and self._has("fam_prompt"):
       prompt = self.fam_prompt[...].astype(dtype) * scale
@@ -244,7 +253,10 @@ class Decoder(nnx.Module):
       graphdef, weights = nnx.split(self.layers)
 
       def of_kind(k):
-        return lambda carry, weights, *given: body(k, carry, nnx.merge(graphdef, weights), *given)
+        def run(carry, weights, *given):
+          return body(k, carry, nnx.merge(graphdef, axes.gather(weights)), *given)
+
+        return run
 
       bodies = [of_kind(k) for k in range(len(kinds))]
 

@@ -55,6 +55,24 @@ class State:
   recent: Recent | None = None
 
 
+# Names of the axes of a state's fields (`axes`); those that are not here are whole.
+AXES = {
+    "position": ("batch",),
+    "offset": ("batch",),
+    "keys": ("layers", "batch", "kv_heads", None, None, "head"),
+    "values": ("layers", "batch", "kv_heads", None, None, "head"),
+    "fam": ("layers", "batch", "fam", "width"),
+    "fam_keys": ("layers", "batch", "kv_heads", "fam", "head"),
+    "fam_values": ("layers", "batch", "kv_heads", "fam", "head"),
+    "fam_updates": ("batch",),
+}
+
+
+def axes_of(state: State) -> State:
+  """`AXES` as a state."""
+  return state.replace(**{f: AXES.get(f) for f, x in vars(state).items() if x is not None})
+
+
 class LayerMemory(NamedTuple):
   """One layer's part of a `State`; shapes without the leading L."""
 

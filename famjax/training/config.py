@@ -85,12 +85,19 @@ class TrainConfig:
     if not 0 <= self.rsp_probability <= 1:
       raise UserError(f"rsp_probability is {self.rsp_probability}; it must be in [0, 1]")
 
-  def check_batch_size(self, batch_size: int) -> None:
-    """Raises UserError if `accumulate` does not divide the rows of a batch."""
+  def check_batch_size(self, batch_size: int, row_parts: int = 1) -> None:
+    """Raises UserError if rows cannot be dealt out to devices and microbatches alike."""
     if batch_size % self.accumulate:
       raise UserError(
           f"accumulate {self.accumulate} does not divide a batch of {batch_size} rows: choose a"
           " batch size that is a multiple of it"
+      )
+    if batch_size % (self.accumulate * row_parts):
+      parts = f"{row_parts} devices" + f" and {self.accumulate} microbatches" * (self.accumulate > 1)
+      raise UserError(
+          f"a batch of {batch_size} rows cannot be dealt out evenly to {parts}: choose a batch size"
+          f" that is a multiple of {self.accumulate * row_parts}, or put devices on the mesh axis"
+          " tensor"
       )
 
 

@@ -20,7 +20,10 @@ from famjax.data.vocabularies import absolute
 from famjax.errors import DivergedError, UserError
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
+from famjax.model.state import axes_of as state_axes
 from famjax.model.state import empty_state
+from famjax.parallel.mesh import MeshConfig, make_mesh
+from famjax.parallel.placement import AxisRules, Placement
 from famjax.training import distillation, parameters, run_directory, trainable
 from famjax.training.adoption import from_checkpoint
 from famjax.training.checkpoint import About, Checkpoints, save_base
@@ -29,7 +32,7 @@ from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import TrainState, abstract, init_train_state, split
+from famjax.training.train_state import TrainState, abstract, axes_of, init_train_state, split
 
 
 class TrainResult(NamedTuple):
@@ -54,6 +57,8 @@ def train(
     config: TrainConfig = TrainConfig(),
     eval_reader: Reader | None = None,
     vocabulary: str = "bytes",
+    mesh: MeshConfig = MeshConfig(),
+    rules: AxisRules = AxisRules(),
     *,
     settings: Callable[[], dict[str, str]] = dict,
 ) -> TrainResult:
@@ -70,6 +75,8 @@ def train(
     config: everything else.
     eval_reader: gives the batches of an evaluation; None: there is none.
     vocabulary: the name under which a checkpoint records the readers' vocabulary.
+    mesh: what the devices are used for.
+    rules: what the axes of arrays are split over.
     settings: gives every setting by name, to be saved with the run; the command line's is gin's.
 
   Returns:
@@ -81,9 +88,11 @@ def train(
   """
   # ------------------------------------------------------------------------------------ check
   description = check(
-      run_dir, model, train_reader, optimizer, config, eval_reader, vocabulary, settings=settings
-  )
+      run_dir, model, train_reader, optimizer, config, eval_reader, vocabulary, mesh, rules,
+      settings=settings,
+  )  # fmt: skip
   run_dir = pathlib.Path(run_dir)
+  placement = Placement(make_mesh(mesh), rules)
 
   # ------------------------------------------------------------------------- model and optimizer
   graphdef, _ = abstract(model)
@@ -93,8 +102,6 @@ def train(
   teacher = None
   if config.objective == "distill":
     teacher = distillation.teacher_config(model, chosen, length)
-  train_step = make_train_step(graphdef, model, config, transformation, schedule, teacher)
-  eval_step = make_eval_step(graphdef, model, config)
   flops = flops_per_token(
       model, length, config.follow_rows, frozen=chosen != "full", teacher=teacher
   )
@@ -106,20 +113,27 @@ def train(
     return init_train_state(trained, transformation, model, config, size, frozen)
 
   fresh_params = lambda: split(Decoder(model, rngs=nnx.Rngs(config.seed)))[1]
-  fresh = jax.jit(lambda: begin(fresh_params()))
+  template = jax.eval_shape(lambda: begin(fresh_params()))
+  template = placement.shapes(template, axes_of(template, model))
+  shardings = jax.tree.map(lambda x: x.sharding, template)
+  fresh = jax.jit(lambda: begin(fresh_params()), out_shardings=shardings)
+  train_step = make_train_step(
+      graphdef, model, config, transformation, schedule, teacher, placement, shardings
+  )
+  eval_step = make_eval_step(graphdef, model, config, placement)
 
   # --------------------------------------------------------------------------------- initialise
   # In this order: this run's own newest whole checkpoint; another checkpoint's parameters; chance.
   checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
-  restored = checkpoints.restore_newest(jax.eval_shape(fresh), train_reader.start(), about)
+  restored = checkpoints.restore_newest(template, train_reader.start(), about)
   if restored is not None:
-    state, position = restored.state, restored.position
+    state, position = jax.device_put(restored.state, shardings), restored.position
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
     params, original, notes = from_checkpoint(config, model, vocabulary, fresh_params)
     if teacher is not None:
       notes += distillation.notes(config.init_checkpoint, original, length)
-    state, position = begin(params), train_reader.start()
+    state, position = jax.device_put(begin(params), shardings), train_reader.start()
     del params  # some may be copies of other arrays than the state's
   else:
     state, position = fresh(), train_reader.start()
@@ -149,7 +163,7 @@ def train(
 
   def evaluate(step: int) -> None:
     params = trainable.join(state.params, state.frozen)
-    values = run_evaluation(eval_step, params, eval_reader, model, config)
+    values = run_evaluation(eval_step, params, eval_reader, model, config, placement)
     if step > first_step:
       report("eval", step, values)
     last["eval"] = values
@@ -167,7 +181,7 @@ def train(
     step = first_step
     while step < config.train_steps and not asked_to_stop.is_set():
       _, batch, position = next(batches)
-      state, metrics = train_step(state, batch)
+      state, metrics = train_step(state, placement.batch(batch, train_reader.batch_size))
       waiting.append(metrics)
       step += 1
       if step == first_step + 1:
@@ -220,6 +234,8 @@ def check(
     config: TrainConfig = TrainConfig(),
     eval_reader: Reader | None = None,
     vocabulary: str = "bytes",
+    mesh: MeshConfig = MeshConfig(),
+    rules: AxisRules = AxisRules(),
     *,
     settings: Callable[[], dict[str, str]] = dict,
 ) -> dict[str, Any]:
@@ -230,9 +246,10 @@ def check(
   Raises:
     UserError: it could not.
   """
-  for part in (model, optimizer, config):
+  for part in (model, optimizer, config, mesh, rules):
     part.validate()
-  config.check_batch_size(train_reader.batch_size)
+  row_parts = Placement(make_mesh(mesh), rules).row_parts
+  config.check_batch_size(train_reader.batch_size, row_parts)
   distillation.check(config, trainable.choose(config.trainable, model))
   if model.memory.context is not None and config.follow_rows:
     raise UserError(
@@ -251,17 +268,24 @@ def check(
 
 
 def run_evaluation(
-    eval_step, params, reader: Reader, model: ModelConfig, config: TrainConfig
+    eval_step,
+    params,
+    reader: Reader,
+    model: ModelConfig,
+    config: TrainConfig,
+    placement: Placement,
 ) -> dict[str, float]:
   """Loss, accuracy and perplexity over the first `eval_batches` batches of a reader.
 
   Without a token that has a loss weight they are None.
   """
   carry = empty_state(model, reader.batch_size) if config.follow_rows else None
+  if carry is not None:
+    carry = jax.device_put(carry, placement.shardings(carry, state_axes(carry)))
   total = None
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):
-      sums, carry = eval_step(params, carry, batch)
+      sums, carry = eval_step(params, carry, placement.batch(batch, reader.batch_size))
       total = sums if total is None else jax.tree.map(operator.add, total, sums)
   loss, weight, correct = map(float, jax.device_get(total))
   mean = loss / weight if weight else None

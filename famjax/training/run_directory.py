@@ -57,7 +57,7 @@ def describe(
 def check(directory: pathlib.Path, description: dict[str, Any]) -> None:
   """Raises UserError if a directory belongs to a run of another configuration.
 
-  Options that change no step (`config.MAY_CHANGE`, evaluation, rematerialisation) may differ. A
+  Options that change no step (`config.MAY_CHANGE`, evaluation, rematerialisation, the mesh) may differ. A
   name that only one of the two knows is passed over, so that a new option does not orphan old runs.
   """
   path = directory / "config.json"
@@ -107,7 +107,7 @@ def gin_text(settings: dict[str, str]) -> str:
 def _is_free(name: str) -> bool:
   kind, _, field = name.partition(".")
   if kind == "gin":
-    return field in _FREE or field.startswith("eval/")
+    return field in _FREE or field.startswith(("eval/", "MeshConfig.", "AxisRules."))
   return (kind == "train" and field in MAY_CHANGE) or name == "model.remat"
 
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from famjax.model import axes
 from famjax.model.config import ModelConfig
 from famjax.model.rope import wavelength
 from famjax.model.state import State, empty_state, restart
+from famjax.parallel.placement import Placement
 from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, distillation_loss, next_token_loss
 from famjax.training.train_state import Params, TrainState, abstract
@@ -27,6 +29,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     teacher: ModelConfig | None = None,
+    placement: Placement | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Makes the training step.
 
@@ -39,6 +43,8 @@ def make_train_step(
     schedule: step to learning rate, for the metrics.
     teacher: configuration of the decoder to learn from, whose parameters are the frozen ones
       (`distillation`); None: from the next tokens.
+    placement: of arrays on a mesh of devices; None: everything is on one.
+    shardings: of the state there.
 
   Returns:
     A jitted function of a state, whose memory it takes over, and a batch: `tokens`, `targets`
@@ -48,18 +54,19 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate`.
   """
   teacher_graph = None if teacher is None else abstract(teacher)[0]
+  loss_chunk = config.loss_chunk * _row_parts(placement)
 
   def loss_of_rows(params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch]):
     memory, start, batch = rows
-    model = nnx.merge(graphdef, join(params, frozen))
+    model = nnx.merge(graphdef, join(params, frozen)).gathered()
     hidden, after = model.hidden(
         batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"], aligned=True
     )
-    wanted = batch["targets"], batch["weights"], config.loss_chunk
+    wanted = batch["targets"], batch["weights"], loss_chunk
     if teacher_graph is None:
       sums = next_token_loss(model.logits, hidden, *wanted)
     else:
-      original = nnx.merge(teacher_graph, frozen)
+      original = nnx.merge(teacher_graph, frozen).gathered()
       taught, _ = original.hidden(batch["tokens"], lengths=batch["lengths"])
       sums = distillation_loss(model.logits, hidden, original.logits, taught, *wanted)
     kept = (after.fam[:, 0], after.fam_updates[0])  # row 0's
@@ -111,7 +118,17 @@ def make_train_step(
     )
     return next_state, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    with axes.placed_by(placement):
+      return train_step(state, batch)
+
+  out = None if placement is None else (shardings, placement.whole)
+  return jax.jit(placed_step, donate_argnums=0, out_shardings=out)
+
+
+def _row_parts(placement: Placement | None) -> int:
+  """Devices that work on rows of their own: a chunk of tokens is meant for each of them."""
+  return 1 if placement is None else placement.row_parts
 
 
 def starting_memory(
@@ -164,7 +181,10 @@ def disturbed(fam: jax.Array, key: jax.Array, noise: float | jax.Array) -> jax.A
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, model_config: ModelConfig, config: TrainConfig
+    graphdef: nnx.GraphDef,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    placement: Placement | None = None,
 ) -> Callable[[Params, State | None, Batch], tuple[LossSums, State | None]]:
   """Makes the evaluation step: no random offset, no passed state, rows followed as in training.
 
@@ -173,8 +193,10 @@ def make_eval_step(
     batch, to the batch's sums and where the rows stop now.
   """
 
+  loss_chunk = config.loss_chunk * _row_parts(placement)
+
   def eval_step(params: Params, carry: State | None, batch: Batch):
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params).gathered()
     start = batch["start_of_sequence"]
     if carry is None:
       carry, start = empty_state(model_config, start.shape[0], past=False), jnp.ones_like(start)
@@ -182,20 +204,27 @@ def make_eval_step(
         batch["tokens"], carry, start_of_sequence=start, lengths=batch["lengths"], aligned=True
     )
     sums = next_token_loss(
-        model.logits, hidden, batch["targets"], batch["weights"], config.loss_chunk
+        model.logits, hidden, batch["targets"], batch["weights"], loss_chunk
     )
     return sums, after if config.follow_rows else None
 
-  return jax.jit(eval_step)
+  def placed_step(params: Params, carry: State | None, batch: Batch):
+    with axes.placed_by(placement):
+      return eval_step(params, carry, batch)
+
+  return jax.jit(placed_step)
 
 
 def split_rows(tree, parts: int):
-  """Cuts the rows of every leaf into `parts`, on a new leading axis."""
+  """Deals the rows of every leaf out to `parts`, on a new leading axis.
+
+  Part `i` has the rows `i`, `i + parts`, ...: each has as many of the rows of every device.
+  """
 
   def cut(x):
     axis = _row_axis(x)
-    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
+    shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
   return jax.tree.map(cut, tree)
 
@@ -205,7 +234,7 @@ def join_rows(tree):
 
   def join(x):
     axis = _row_axis(x[0])
-    x = jnp.moveaxis(x, 0, axis)
+    x = jnp.moveaxis(x, 0, axis + 1)
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
   return jax.tree.map(join, tree)

@@ -4,10 +4,13 @@ from typing import Any
 
 from flax import nnx
 from flax import struct
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from famjax.model import axes, state
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, empty_state
@@ -55,6 +58,48 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
   """`split` of a configuration's `Decoder`, with shapes and dtypes in place of weights."""
   return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+
+def axes_of(template: TrainState, model: ModelConfig) -> TrainState:
+  """A state with the names of each array's axes (`famjax.model.axes`) in place of the array.
+
+  None stands for an array that is whole on every device.
+
+  Args:
+    template: of shapes; parameters may be trained or frozen.
+    model: whose they are.
+  """
+  named = traverse_util.flatten_dict(axes.names(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))))
+  shapes = traverse_util.flatten_dict(template.params)
+
+  def of_slot(path, x):
+    """Optimizers keep trees like the parameters; Adafactor's have one axis less."""
+    keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    if keys not in shapes:
+      return None
+    names, shape = named[keys], shapes[keys].shape
+    if x.shape == shape:
+      return names
+    field = [entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)][-1]
+    if len(shape) < 2 or field not in ("v_row", "v_col"):
+      return None
+    lost = np.argsort(shape)[-1 if field == "v_row" else -2]  # as optax chooses the two to factor
+    kept = [i for i in range(len(shape)) if i != lost]
+    return tuple(names[i] for i in kept) if x.shape == tuple(shape[i] for i in kept) else None
+
+  of_params = lambda params: traverse_util.unflatten_dict(
+      {path: named[path] for path in traverse_util.flatten_dict(params)}
+  )
+  return TrainState(
+      step=None,
+      params=of_params(template.params),
+      frozen=of_params(template.frozen),
+      opt_state=jax.tree_util.tree_map_with_path(of_slot, template.opt_state),
+      rng=None,
+      carry=None if template.carry is None else state.axes_of(template.carry),
+      kept_fam=None if template.kept_fam is None else ("layers", "fam", "width"),
+      kept_updates=None,
+  )
 
 
 def init_train_state(

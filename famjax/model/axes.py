@@ -1,0 +1,72 @@
+"""Names of the axes of arrays; where an axis lies on a mesh of devices is not the model's business.
+
+Parameters carry names (`nnx.Param(..., axes=...)`), states have `state.AXES`, and activations are
+named where they are made, by `constrain`. A placement, `famjax.parallel.Placement`, knows what the
+names mean; without one, which is the default, every function here gives back what it was given.
+"""
+
+import contextlib
+import contextvars
+from typing import Any, Protocol
+
+from flax import nnx
+import jax
+
+# Of parameters, and what they stand for. `embed` is D, `width` is D of activations.
+NAMES = ("layers", "vocab", "embed", "heads", "kv_heads", "head", "mlp", "lora", "fam", "batch", "width")
+Axes = tuple[str | None, ...]
+
+
+class Placement(Protocol):
+  """Where named axes lie."""
+
+  def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+    """`x`, where an array of these axes has to lie."""
+
+  def gather(self, weight: jax.Array, axes: Axes) -> jax.Array:
+    """A weight as a layer uses it: whole, but for the axes that products are split over."""
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def placed_by(placement: Placement | None):
+  """What is traced in this context is placed so."""
+  token = _placement.set(placement)
+  try:
+    yield
+  finally:
+    _placement.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Says where an activation lies, by the names of its axes."""
+  placement = _placement.get()
+  return x if placement is None else placement.constrain(x, axes)
+
+
+def gather(weights):
+  """Weights as they are used, of a module or a part of `nnx.split`'s state.
+
+  Called where a layer begins, it gathers them once, and not once for every block that uses them.
+  """
+  placement = _placement.get()
+  if placement is None:
+    return weights
+  is_weight = lambda x: isinstance(x, nnx.Variable)
+  one = lambda x: x.replace(placement.gather(x[...], x.get_metadata("axes")))
+  return jax.tree.map(one, weights, is_leaf=is_weight)
+
+
+def names(model: nnx.Module) -> dict[str, Any]:
+  """A nested dict like `train_state.split`'s parameters, with the names of each one's axes."""
+  state = nnx.split(model)[1]
+
+  def of(path, weight):
+    axes = weight.get_metadata("axes")
+    stacked = path[0].key == "layers" and "layers" not in axes
+    return ("layers", *axes) if stacked else axes
+
+  is_weight = lambda x: isinstance(x, nnx.Variable)
+  return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(of, state, is_leaf=is_weight))
