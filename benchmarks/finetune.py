@@ -44,7 +44,7 @@ WAYS = {  # of training a student: run file, and what is set in it
     "pass keys": (
         "passkey_base",
         ["LENGTH=512", "BATCH_SIZE=8", "Lengths.low=2", "LEARNING_RATE=2e-3",
-         "LONGEST_BLOCKS=((0, 4), (150, 8), (200, 16), (250, 32))",
+         "LONGEST_BLOCKS=((0, 4), (100, 8), (150, 16), (200, 32))",
          "EVAL_BLOCKS=(2, 4, 8, 16, 32, 64, 128)"],
     ),
 }  # fmt: skip
@@ -59,7 +59,7 @@ def main() -> None:
   parser.add_argument("--valid", help="directory of texts to ask about")
   parser.add_argument("--pairs", help="TSV files of question, answer and reasons; none: left out")
   parser.add_argument("--base_steps", type=int, default=1500)
-  parser.add_argument("--steps", type=int, default=400, help="of each student")
+  parser.add_argument("--steps", type=int, default=300, help="of each student")
   parser.add_argument("--vocab", type=int, default=2048, help="entries of the BPE")
   parser.add_argument("--texts", type=int, default=32, help="excerpts to ask about")
   parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
@@ -91,8 +91,8 @@ def _base(out: pathlib.Path, arguments) -> pathlib.Path:
       out / "base.log", "train", "--gin_file=gin/runs/excerpts.gin",
       "--gin_file=gin/options/adamw.gin", "--gin_file=gin/memory/full.gin",
       *_set(
-          [f"RUN_DIR={out / 'base'}", f"VOCABULARY={tokenizer}", f"TRAIN_STEPS={arguments.base_steps}"],
-          size, _corpus(arguments),
+          [f"RUN_DIR={out / 'base'}", f"TRAIN_STEPS={arguments.base_steps}"],
+          [f"VOCABULARY={tokenizer}"], size, _corpus(arguments),
           [f"LENGTH={CONTEXT}", f"BLOCK_SIZE={CONTEXT}", "MEMORY_SEGMENTS=0"],
           ["LEARNING_RATE=2e-3", "BATCH_SIZE=16", "TrainConfig.rsp_probability=0.0"],
           ["TrainConfig.random_offset=False", "OptimizerConfig.schedule=cosine"],
@@ -170,7 +170,10 @@ def _report(out, hub, arguments, students) -> None:
   original = famjax.MemoryConfig("full", CONTEXT, 0)
   texts = _texts(load_vocabulary(str(hub)), arguments)
   ask = lambda name, place, memory: _asked(out / f"{_slug(name)}.json", place, memory, texts)
-  places = {"full attention": ask("full", hub, original), "BSWA, not trained": ask("window", hub, window)}
+  places = {
+      "full attention": ask("full", hub, original),
+      "BSWA, not trained": ask("window", hub, window),
+  }
   beginnings = {"before": places["full attention"]}
   keys = {}
   for name, (way, *_) in students.items():
@@ -228,9 +231,9 @@ def _accuracy(texts: list[list[dict]], first: int = 0, last: int = EDGES[-1]) ->
   """Of every text the accuracy between two places."""
   accuracies = []
   for bins in texts:
-    inside = [bin for bin in bins if first <= bin["first"] and bin["last"] <= last and bin["tokens"]]
-    right = sum(bin["accuracy"] * bin["tokens"] for bin in inside)
-    accuracies.append(right / sum(bin["tokens"] for bin in inside))
+    inside = [b for b in bins if first <= b["first"] and b["last"] <= last and b["tokens"]]
+    right = sum(b["accuracy"] * b["tokens"] for b in inside)
+    accuracies.append(right / sum(b["tokens"] for b in inside))
   return accuracies
 
 
@@ -247,12 +250,16 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _by_place(texts: list[list[dict]]) -> list[float]:
+  """The accuracy of every bin, over all texts."""
+  return [statistics.mean(_accuracy(texts, b["first"], b["last"])) for b in texts[0]]
+
+
 def _places_table(places) -> str:
   rows = []
   for name, texts in places.items():
-    bins = range(len(texts[0]))
-    rows.append([name] + [f"{statistics.mean(_accuracy(texts, EDGES[i], EDGES[i + 1])):.4f}" for i in bins])
-    rows[-1] += [""] * (len(EDGES) - 1 - len(bins))
+    cells = [f"{accuracy:.4f}" for accuracy in _by_place(texts)]
+    rows.append([name, *cells, *[""] * (len(EDGES) - 1 - len(cells))])
   return _table(["next-token accuracy up to token", *(f"{edge:,}" for edge in EDGES[1:])], rows)
 
 
@@ -274,7 +281,7 @@ def _beginnings_table(beginnings) -> str:
 def _keys_table(keys) -> str:
   blocks = list(next(iter(keys.values()), ()))
   rows = [[name] + [f"{accuracy:.2f}" for accuracy in row.values()] for name, row in keys.items()]
-  return _table([f"pass keys given back after blocks of 64", *blocks], rows)
+  return _table(["pass keys given back after blocks of 64", *blocks], rows)
 
 
 def _plot(places, keys, path: pathlib.Path) -> None:
@@ -288,16 +295,16 @@ def _plot(places, keys, path: pathlib.Path) -> None:
   for name, texts in places.items():
     memory, _, way = name.partition(", ")
     colour = colours.setdefault(way, f"C{len(colours)}")
-    values = [statistics.mean(_accuracy(texts, a, b)) for a, b in zip(EDGES, EDGES[1 : len(texts[0]) + 1])]
-    style = "--" if memory == "BSWA" else "-"
-    left.plot(EDGES[1 : len(values) + 1], values, style, color=colour, marker="o", ms=4, label=name)
+    style = dict(linestyle="--" if memory == "BSWA" else "-", color=colour, marker="o", ms=4)
+    left.plot([b["last"] for b in texts[0]], _by_place(texts), label=name, **style)
   for name, row in keys.items():
     style = "--" if name.startswith("BSWA") else "-"
-    right.plot([int(blocks) * 64 for blocks in row], list(row.values()), style, marker="o", label=name)
-  for axes, label in ((left, "next-token accuracy, texts not trained on"), (right, "pass keys given back")):
+    lengths = [int(blocks) * 64 for blocks in row]
+    right.plot(lengths, list(row.values()), style, marker="o", label=name)
+  left.set(xlabel="place in the text, tokens", ylabel="next-token accuracy, texts not trained on")
+  right.set(xlabel="length of the document, tokens", ylabel="pass keys given back")
+  for axes in (left, right):
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("place in the text, tokens" if axes is left else "length of the document, tokens")
-    axes.set_ylabel(label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
   figure.savefig(path)
@@ -307,8 +314,8 @@ def _plot(places, keys, path: pathlib.Path) -> None:
 def _corpus(arguments) -> list[str]:
   if not arguments.train:
     return []
-  return [f"CORPUS={arguments.train}", "LongText.split=all", f"eval/LongText.directory={arguments.valid}",
-          "eval/LongText.split=all"]  # fmt: skip
+  return [f"CORPUS={arguments.train}", "LongText.split=all",
+          f"eval/LongText.directory={arguments.valid}", "eval/LongText.split=all"]  # fmt: skip
 
 
 def _set(*bindings: list[str]) -> list[str]:

@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
   for add in (
-      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat, _add_convert
+      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat, _add_convert,
+      _add_compile,
   ):  # fmt: skip
     add(commands)
   return parser
@@ -216,6 +217,35 @@ def _add_convert(commands) -> None:
       " hub, which the adapter then carries",
   )  # fmt: skip
   parser.set_defaults(run=_not_by_gin("famjax.conversion", "convert"))
+
+
+def _add_compile(commands) -> None:
+  parser = commands.add_parser(
+      "compile", help="see whether a step fits a TPU slice, without one",
+      description="Compiles the real step of a run for a TPU slice, which need not be here, and says"
+      " what it needs of a chip's memory and what chips send one another. Nothing is measured. Exit"
+      " status 1: it does not fit. Example: famjax compile --topology=v5e:4x8"
+      " --gin_file=gin/runs/finetune_flan.gin --gin_file=gin/models/flan_1b.gin"
+      " --gin.ModelConfig.vocab_size=256000",
+  )  # fmt: skip
+  _add_gin_options(parser)
+  parser.add_argument(
+      "--topology", required=True, metavar="NAME", help="generation and chips of a slice: v5e:4x8"
+  )
+  parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape (1)")
+  parser.add_argument(
+      "--step", choices=("train", "prefill", "decode"), default="train", help="what is compiled (train)"
+  )
+  parser.add_argument("--out", metavar="DIR", help="where report.json is left")
+  parser.set_defaults(run=_compile)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+  if not arguments.gin_file:
+    raise UserError("compile needs a run: add --gin_file=gin/runs/finetune_flan.gin, or another")
+  from famjax import compilation  # pylint: disable=import-outside-toplevel
+
+  return compilation.compile_command(arguments)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import ast
 import collections.abc
 from collections.abc import Sequence
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -66,12 +67,13 @@ CONFIGURABLE = {
 }  # fmt: skip
 
 
-def configure(gin_files: list[str], bindings: list[str]) -> None:
+def configure(gin_files: list[str], bindings: list[str], unneeded: Sequence[str] = ()) -> None:
   """Reads gin files and then bindings, in place of whatever gin held before.
 
   Args:
     gin_files: paths, from the working directory or the root of famjax.
     bindings: "NAME=VALUE" each; see `quoted` for a VALUE that is a plain string.
+    unneeded: macros that need not be set, although the files say so; they become "none".
 
   Raises:
     UserError: a file is missing, a name is unknown, a value is missing.
@@ -94,6 +96,9 @@ def configure(gin_files: list[str], bindings: list[str]) -> None:
     texts.append(f"{name} = {quoted(value)}")
     with _gin_errors(f"--gin.{binding}: "):
       gin.parse_config(texts[-1])
+  for name in unneeded:
+    if re.search(rf"^{name} = %gin.REQUIRED$", gin.config_str(), re.M):
+      gin.parse_config(f"{name} = 'none'")
   _check_macros({name for text in texts for name in _macros(text)})
   with _gin_errors():
     gin.finalize()
@@ -145,6 +150,27 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
     ask = gin.get_configurable("PassKeyEval")()
   ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory)
   return study.Plan(run["train"]["train_steps"], dataclasses.asdict(ask))
+
+
+def run_from_gin(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
+  """A run without its data and its directory, which may be missing: the fields of `compilation.Run`."""
+  configure(gin_files, bindings, unneeded=("RUN_DIR", "DATA", "INITIAL_CHECKPOINT"))
+
+  def value(name, default=None):
+    with _gin_errors(), contextlib.suppress(ValueError):
+      return copy.deepcopy(gin.query_parameter(name))  # gin calls what it refers to
+    return default
+
+  macro = lambda name: value(f"{name}/gin.macro.value")
+  return {
+      "model": value("train.model"),
+      "optimizer": value("train.optimizer", OptimizerConfig()),
+      "config": value("train.config", TrainConfig()),
+      "mesh": value("train.mesh", MeshConfig()),
+      "rules": value("train.rules", AxisRules()),
+      "batch_size": macro("BATCH_SIZE"),
+      "length": macro("LENGTH"),
+  }
 
 
 def _unused(bindings: Sequence[str]) -> list[str]:

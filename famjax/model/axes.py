@@ -13,7 +13,9 @@ from flax import nnx
 import jax
 
 # Of parameters, and what they stand for. `embed` is D, `width` is D of activations.
-NAMES = ("layers", "vocab", "embed", "heads", "kv_heads", "head", "mlp", "lora", "fam", "batch", "width")
+NAMES = (
+    "layers", "vocab", "embed", "heads", "kv_heads", "head", "mlp", "lora", "fam", "batch", "width",
+)  # fmt: skip
 Axes = tuple[str | None, ...]
 
 
@@ -27,7 +29,8 @@ class Placement(Protocol):
     """A weight as a layer uses it: whole, but for the axes that products are split over."""
 
 
-_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+_placement: contextvars.ContextVar[Placement | None]
+_placement = contextvars.ContextVar("placement", default=None)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""A mesh of devices: `data` and `fsdp` split the rows of a batch, `fsdp` the weights as well, `tensor` products."""
+"""A mesh of devices.
+
+`data` and `fsdp` split the rows of a batch, `fsdp` the weights as well, `tensor` products.
+"""
 
 import dataclasses
 import math
@@ -60,7 +63,9 @@ class MeshConfig:
     return sizes
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """A mesh of all devices, or of those given, near ones side by side.
 
   Raises:

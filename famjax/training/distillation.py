@@ -12,14 +12,19 @@ from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.training.config import TrainConfig
 
 
-def teacher_config(model: ModelConfig, chosen: str, length: int) -> ModelConfig:
-  """The configuration of the frozen original.
+def teacher_config(
+    config: TrainConfig, model: ModelConfig, chosen: str, length: int
+) -> ModelConfig | None:
+  """The configuration of the frozen original; None: there is no teacher.
 
   Args:
+    config: `objective`.
     model: of the student.
     chosen: which parameters are trained, see `trainable.choose`; the teacher has the others.
     length: S, tokens of a row, which it sees all of.
   """
+  if config.objective != "distill":
+    return None
   N = model.memory.block_size
   full = MemoryConfig("full", N, memory_segments=-(-length // N) - 1)
   rank = 0 if chosen == "lora" else model.lora_rank

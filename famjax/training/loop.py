@@ -99,9 +99,7 @@ def train(
   transformation = make_optimizer(optimizer, config.train_steps)
   schedule = make_schedule(optimizer, config.train_steps)
   chosen, length = trainable.choose(config.trainable, model), train_reader.length
-  teacher = None
-  if config.objective == "distill":
-    teacher = distillation.teacher_config(model, chosen, length)
+  teacher = distillation.teacher_config(config, model, chosen, length)
   flops = flops_per_token(
       model, length, config.follow_rows, frozen=chosen != "full", teacher=teacher
   )

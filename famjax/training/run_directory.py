@@ -57,7 +57,7 @@ def describe(
 def check(directory: pathlib.Path, description: dict[str, Any]) -> None:
   """Raises UserError if a directory belongs to a run of another configuration.
 
-  Options that change no step (`config.MAY_CHANGE`, evaluation, rematerialisation, the mesh) may differ. A
+  Options that change no step (`config.MAY_CHANGE`, evaluation, remat, the mesh) may differ. A
   name that only one of the two knows is passed over, so that a new option does not orphan old runs.
   """
   path = directory / "config.json"

@@ -60,6 +60,11 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
   return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
 
 
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+  """Names of the axes of each parameter (`famjax.model.axes`), a nested dict like `abstract`'s."""
+  return axes.names(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+
 def axes_of(template: TrainState, model: ModelConfig) -> TrainState:
   """A state with the names of each array's axes (`famjax.model.axes`) in place of the array.
 
@@ -69,7 +74,7 @@ def axes_of(template: TrainState, model: ModelConfig) -> TrainState:
     template: of shapes; parameters may be trained or frozen.
     model: whose they are.
   """
-  named = traverse_util.flatten_dict(axes.names(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))))
+  named = traverse_util.flatten_dict(param_axes(model))
   shapes = traverse_util.flatten_dict(template.params)
 
   def of_slot(path, x):

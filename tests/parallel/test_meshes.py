@@ -1,4 +1,4 @@
-"""The same seed gives the same losses on every mesh of eight host devices (tests/parallel/meshes.py)."""
+"""The same seed gives the same losses on every mesh of eight host devices (meshes.py)."""
 
 import json
 import os

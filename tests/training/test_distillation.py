@@ -88,9 +88,11 @@ def test_accumulated_rows_learn_the_same(base, tmp_path):
 
 
 def test_a_teacher_has_what_is_not_trained_and_sees_all():
-  lora = distillation.teacher_config(LORA, "lora", 12)
+  distill = change(toy.TRAIN, objective="distill")
+  lora = distillation.teacher_config(distill, LORA, "lora", 12)
   assert lora.lora_rank == 0 and lora.memory.context == 12
-  assert distillation.teacher_config(LORA, "fam", 12).lora_rank == 4
+  assert distillation.teacher_config(distill, LORA, "fam", 12).lora_rank == 4
+  assert distillation.teacher_config(toy.TRAIN, LORA, "lora", 12) is None
   alone, taught = (flops_per_token(LORA, 12, frozen=True, teacher=t) for t in (None, lora))
   assert taught.matrices == pytest.approx(1.5 * alone.matrices) and taught.fam == alone.fam
   assert taught.attention > alone.attention

@@ -1,0 +1,273 @@
+"""`famjax compile`: what a step needs on a TPU slice, said by its compiler before one is paid for.
+
+The real step is compiled for the real chips, which need not be here. What comes of it is evidence
+of memory and of what chips send one another; no time is measured, and none is claimed.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from famjax.errors import UserError
+from famjax.evaluation import report
+from famjax.inference import engine, sampling
+from famjax.model import axes
+from famjax.model.config import ModelConfig
+from famjax.model.state import axes_of as state_axes
+from famjax.model.state import empty_state
+from famjax.parallel import hlo, topology
+from famjax.parallel.mesh import MeshConfig, make_mesh
+from famjax.parallel.placement import AxisRules, Placement
+from famjax.training import distillation, trainable
+from famjax.training.config import TrainConfig
+from famjax.training.flops import flops_per_token
+from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from famjax.training.step import make_train_step
+from famjax.training.train_state import abstract, axes_of, init_train_state, param_axes
+
+STEPS = ("train", "prefill", "decode")
+
+
+class Run(NamedTuple):
+  """What is compiled: a training run without its data.
+
+  Attributes:
+    model: configuration.
+    optimizer: likewise.
+    config: of training.
+    mesh: sizes.
+    rules: of names.
+    batch_size: B.
+    length: S.
+  """
+
+  model: ModelConfig
+  optimizer: OptimizerConfig
+  config: TrainConfig
+  mesh: MeshConfig
+  rules: AxisRules
+  batch_size: int
+  length: int
+
+
+def compile_command(arguments: argparse.Namespace) -> int:
+  """Compiles a step for a slice, prints a table and leaves `report.json`; 1 if it does not fit."""
+  from famjax import configuration  # pylint: disable=import-outside-toplevel
+
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips that are meant are elsewhere
+  devices = topology.devices_of(arguments.topology, arguments.slices)
+  run = Run(**configuration.run_from_gin(arguments.gin_file, arguments.gin))
+  found = {"topology": arguments.topology, "slices": arguments.slices, "step": arguments.step}
+  found |= compiled(run, arguments.step, devices)
+  if arguments.out:
+    report.write_json(pathlib.Path(arguments.out) / "report.json", found)
+  print(table(found))
+  return 0 if found["fits"] else 1
+
+
+def compiled(run: Run, step: str, devices) -> dict[str, Any]:
+  """Compiles a step, and says what the compiler says, as JSON.
+
+  Args:
+    run: what is compiled.
+    step: one of STEPS.
+    devices: of the slice.
+
+  Raises:
+    UserError: something does not come out on the mesh.
+  """
+  for part in (run.model, run.optimizer, run.config, run.rules):
+    part.validate()
+  placement = Placement(make_mesh(run.mesh, devices), run.rules)
+  run.config.check_batch_size(run.batch_size, placement.row_parts)
+  begun = time.perf_counter()
+  lowered, tokens = {"train": _train, "prefill": _prefill, "decode": _decode}[step](run, placement)
+  traced = time.perf_counter()
+  memory = topology.hbm_bytes(devices[0])
+  found = {
+      "device": devices[0].device_kind,
+      "devices": len(devices),
+      "mesh": dict(placement.mesh.shape),
+      "model": dataclasses.asdict(run.model),
+      "batch_size": run.batch_size,
+      "length": run.length,
+      "accumulate": run.config.accumulate,
+      "memory_bytes": memory,
+  }
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return found | {"fits": False, "why": _shortage(str(error))}
+  analysis, cost = program.memory_analysis(), program.cost_analysis() or {}
+  parts = {
+      name: getattr(analysis, f"{name}_size_in_bytes")
+      for name in ("argument", "temp", "output", "alias")
+  }
+  used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
+  frozen = step == "train" and bool(run.model.lora_rank)
+  formula = flops_per_token(run.model, run.length, run.config.follow_rows, frozen)
+  seconds = cost.get("optimal_seconds")
+  return found | {
+      "fits": memory is None or used <= memory,
+      "bytes_per_chip": parts | {"used": used},
+      "flops_per_chip": {
+          "formula": formula.total * tokens / len(devices) / (1 if step == "train" else 3),
+          "compiler, loops once": cost.get("flops"),
+      },
+      "bytes_moved_per_chip, loops once": cost.get("bytes accessed"),
+      "compiler_seconds, loops once": seconds if seconds and seconds > 0 else None,
+      "collectives": [
+          c._asdict() | {"times": c.times, "total_bytes": c.total_bytes}
+          for c in hlo.collectives(program.as_text())
+      ],
+      "seconds_to_trace": round(traced - begun, 1),
+      "seconds_to_compile": round(time.perf_counter() - traced, 1),
+  }
+
+
+def _train(run: Run, placement: Placement):
+  """The lowered training step, and its tokens."""
+  transformation = make_optimizer(run.optimizer, run.config.train_steps)
+  schedule = make_schedule(run.optimizer, run.config.train_steps)
+  graphdef, params = abstract(run.model)
+  chosen = trainable.choose(run.config.trainable, run.model)
+  teacher = distillation.teacher_config(run.config, run.model, chosen, run.length)
+
+  def begin(params):
+    trained, frozen = trainable.part(params, chosen)
+    return init_train_state(
+        trained, transformation, run.model, run.config, run.batch_size, frozen
+    )
+
+  state = jax.eval_shape(begin, params)
+  state = placement.shapes(state, axes_of(state, run.model))
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = make_train_step(
+      graphdef, run.model, run.config, transformation, schedule, teacher, placement, shardings
+  )
+  B, S = run.batch_size, run.length
+  row = lambda dtype, *shape: _shape(placement, ("batch",), dtype, B, *shape)
+  batch = {
+      "tokens": row(jnp.int32, S), "targets": row(jnp.int32, S), "weights": row(jnp.float32, S),
+      "start_of_sequence": row(bool), "lengths": row(jnp.int32),
+  }  # fmt: skip
+  return step.lower(state, batch), B * S
+
+
+def _prefill(run: Run, placement: Placement):
+  """The lowered reading of one chunk of blocks after what the rows remember, and its tokens."""
+  graphdef, params, reading = _inference(run, placement)
+  S = engine.CHUNK_BLOCKS * run.model.memory.block_size
+  tokens = _shape(placement, ("batch",), jnp.int32, run.batch_size, S)
+  counts = _shape(placement, ("batch",), jnp.int32, run.batch_size)
+  with axes.placed_by(placement):
+    lowered = engine._read.lower(  # pylint: disable=protected-access
+        graphdef, params, tokens, counts, reading, within=False
+    )
+  return lowered, run.batch_size * S
+
+
+def _decode(run: Run, placement: Placement):
+  """The lowered writing of `engine.STEPS` tokens, and how many they are."""
+  graphdef, params, reading = _inference(run, placement)
+  B, V = run.batch_size, run.model.vocab_size
+  row = lambda dtype, *shape: _shape(placement, ("batch",), dtype, B, *shape)
+  samplers = jax.tree.map(lambda x: row(x.dtype), sampling.stack([sampling.Sampling()]))
+  with axes.placed_by(placement):
+    lowered = engine._write.lower(  # pylint: disable=protected-access
+        graphdef, params, reading, row(bool, V), samplers, row(jnp.int32), row(bool, V)
+    )
+  return lowered, B * engine.STEPS
+
+
+def _inference(run: Run, placement: Placement):
+  """Graph, parameters and state of the model, LoRA merged, in the dtype of products."""
+  model = dataclasses.replace(run.model, lora_rank=0, param_dtype=run.model.compute_dtype)
+  graphdef, params = abstract(model)
+  params = placement.shapes(params, param_axes(model))
+  state = jax.eval_shape(lambda: empty_state(model, run.batch_size))
+  state = placement.shapes(state, state_axes(state))
+  row = lambda dtype, *shape: _shape(placement, ("batch",), dtype, run.batch_size, *shape)
+  reading = engine.Reading(row(jnp.float32, model.vocab_size), state, row(jnp.int32, engine.TAIL))
+  return graphdef, params, reading
+
+
+def _shape(placement, names, dtype, *shape):
+  names = (*names, *(None,) * (len(shape) - len(names)))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(names, shape))
+
+
+def _shortage(message: str) -> dict[str, Any]:
+  """What the compiler says when memory does not suffice: one line, and its largest buffers."""
+  line = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line)
+  buffers = re.findall(r"Size: (\S+)(.*?)(?=\n\s*={5,}|\n\s*\d+\. Size|\Z)", message, re.S)
+  field = lambda text, name: (re.search(rf"{name}[:=] ?\"?([^\n\"]+)", text) or ["", ""])[1].strip()
+  largest = [
+      {"size": size, "shape": field(text, "Shape"), "operator": field(text, "op_name")}
+      for size, text in buffers[:5]
+  ]
+  return {"message": line.partition("RESOURCE_EXHAUSTED: ")[2], "largest": largest}
+
+
+def table(found: dict[str, Any]) -> str:
+  """`compiled`'s findings for people."""
+  model = found["model"]
+  mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
+  memory = found["memory_bytes"]
+  rows = [
+      ("step", f"{found['step']}, {found['batch_size']} rows of {found['length']:,} tokens,"
+       f" {found['accumulate']} microbatches"),
+      ("model", f"{model['num_layers']} layers, width {model['model_dim']},"
+       f" {model['memory']['kind']}"),
+      ("chips", f"{found['devices']} x {found['device']} ({found['topology']}), mesh {mesh}"),
+      ("memory of a chip", _size(memory)),
+  ]  # fmt: skip
+  if "why" in found:
+    rows.append(("DOES NOT FIT", found["why"]["message"]))
+    rows += [
+        ("", f"{buffer['size']} {buffer['shape']} {buffer['operator']}")
+        for buffer in found["why"]["largest"]
+    ]
+    return _lines(rows)
+  parts = found["bytes_per_chip"]
+  rows += [
+      ("  arguments", _size(parts["argument"])),
+      ("  temporaries", _size(parts["temp"])),
+      ("  output", f"{_size(parts['output'])}; {_size(parts['alias'])} of it in arguments' place"),
+      ("  in all", _size(parts["used"]) + ("" if found["fits"] else ": DOES NOT FIT")),
+  ]
+  flops = found["flops_per_chip"]
+  rows.append(("FLOPs of a chip, by formula", f"{flops['formula']:.3g}"))
+  for name, value in (
+      ("FLOPs, compiler", flops["compiler, loops once"]),
+      ("bytes moved, compiler", found["bytes_moved_per_chip, loops once"]),
+      ("seconds, compiler's estimate", found["compiler_seconds, loops once"]),
+  ):
+    said = "it says none" if value is None else f"{value:.3g}, the body of a loop counted once"
+    rows.append((name, said))
+  for one in found["collectives"]:
+    loops = " x ".join(map(str, one["loops"]))
+    where = f"in loops of {loops}" if loops else "in no loop"
+    size = _size(one["total_bytes"])
+    rows.append((one["kind"], f"{one['times']} times ({one['count']} {where}), {size}"))
+  seconds = found["seconds_to_trace"], found["seconds_to_compile"]
+  rows.append(("traced and compiled in", "{} s and {} s".format(*seconds)))
+  return _lines(rows)
+
+
+def _size(number: int | None) -> str:
+  return "not known" if number is None else f"{number / 2**30:.2f} GiB"
+
+
+def _lines(rows: list[tuple[str, str]]) -> str:
+  wide = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)

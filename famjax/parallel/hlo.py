@@ -1,0 +1,120 @@
+"""What a compiled program sends between devices, read from its text.
+
+A collective in the body of a loop counts as often as the loop turns. XLA's text gives a loop's end
+as a constant of its condition, and its own cost analysis counts the body of a loop once.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_HEAD = re.compile(r"^(ENTRY )?(%[\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_WHILE = re.compile(r"\bwhile\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
+_CONSTANT = re.compile(r"\bconstant\((\d+)\)")
+_SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+  """Collectives of a kind in the same loops.
+
+  Attributes:
+    kind: one of KINDS.
+    loops: turns of the loops around it, the outermost first: (4, 18).
+    count: how many there are in the program.
+    bytes: of all of their results, each once.
+  """
+
+  kind: str
+  loops: tuple[int, ...]
+  count: int
+  bytes: int
+
+  @property
+  def times(self) -> int:
+    """How often they run."""
+    return self.count * math.prod(self.loops)
+
+  @property
+  def total_bytes(self) -> int:
+    """Bytes of all results of a run."""
+    return self.bytes * math.prod(self.loops)
+
+
+def collectives(text: str) -> list[Collective]:
+  """Counts a compiled program's collectives by kind and loops.
+
+  Args:
+    text: of an optimised HLO module, `compiled.as_text()`.
+  """
+  bodies, entry = _computations(text)
+  loops = _loops_around(bodies, entry)
+  found = {}  # by channel: the parts of an asynchronous one stand in several computations
+  for name, lines in bodies.items():
+    for line in lines:
+      match = _COLLECTIVE.search(line)
+      if match is None or name not in loops:
+        continue
+      kind = match[2]
+      if kind == "all-reduce" and name.startswith("%all-reduce-scatter"):  # TPU's way to write one
+        kind = "reduce-scatter"
+      channel = re.search(r"channel_id=(\d+)", line)
+      key = (channel[1] if channel else (name, line), kind)
+      found[key] = (kind, loops[name], _bytes(match[1], is_start="-start(" in line))
+  counts, sizes = collections.Counter(), collections.Counter()
+  for kind, around, size in found.values():
+    counts[kind, around] += 1
+    sizes[kind, around] += size
+  return [Collective(*key, count, sizes[key]) for key, count in sorted(counts.items())]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation by name, and the name of the one that the program begins with."""
+  bodies, entry, lines = {}, None, []
+  for line in text.splitlines():
+    head = _HEAD.match(line)
+    if head:
+      lines = bodies[head[2]] = []
+      entry = head[2] if head[1] else entry
+    else:
+      lines.append(line)
+  return bodies, entry
+
+
+def _loops_around(bodies: dict[str, list[str]], entry: str) -> dict[str, tuple[int, ...]]:
+  """Turns of the loops around every computation that the program reaches, the innermost last."""
+  loops, to_do = {entry: ()}, [entry]
+  while to_do:
+    name = to_do.pop()
+    for line in bodies[name]:
+      called = [(c, ()) for names in _CALLED.findall(line) for c in names.split(", ")]
+      if match := _WHILE.search(line):
+        called.append((match[2], (_turns(bodies[match[1]]),)))
+      for other, turns in called:
+        around = loops[name] + turns
+        if other in bodies and math.prod(around) > math.prod(loops.get(other, (0,))):
+          loops[other] = around
+          to_do.append(other)
+  return loops
+
+
+def _turns(condition: list[str]) -> int:
+  """How often a loop turns; 1 where its condition does not say it."""
+  constants = [int(c) for line in condition for c in _CONSTANT.findall(line)]
+  return max(constants, default=1)
+
+
+def _bytes(shapes: str, is_start: bool) -> int:
+  """Bytes of a result; that of an asynchronous start holds its operands as well, before it."""
+  sizes = [
+      math.prod(map(int, filter(None, dims.split(",")))) * _BYTES[dtype]
+      for dtype, dims in _SHAPE.findall(shapes)
+      if dtype in _BYTES
+  ]
+  return max(sizes, default=0) if is_start else sum(sizes)

@@ -1,0 +1,73 @@
+"""Counting collectives in a program's text."""
+
+from famjax.parallel import hlo
+
+# As XLA writes it, shortened: a loop of 18 turns in one of 4, an asynchronous gather whose start
+# and end are computations of their own, a reduce-scatter as TPUs have it.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%start (p: bf16[4,8]) -> bf16[32,8] {
+  ROOT %g.1 = bf16[32,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%end (p: bf16[4,8]) -> bf16[32,8] {
+  ROOT %g.2 = bf16[32,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.clone (p: f32[32,8]) -> f32[4,8] {
+  %r = f32[32,8]{1,0} all-reduce(%p), channel_id=9, to_apply=%add
+}
+
+%until_layers (p: (s32[], f32[2])) -> pred[] {
+  %c = s32[]{:T(128)} constant(18)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%layer (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %f = bf16[32,8] fusion(%x), kind=kCustom, calls=%start
+  %g = bf16[32,8] fusion(%f), kind=kCustom, calls=%end
+  %s = f32[4,8] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.clone
+}
+
+%until_parts (p: (s32[], f32[2])) -> pred[] {
+  %c = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%part (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %w = (s32[], f32[2]) while(%t), condition=%until_layers, body=%layer, metadata={op_name="x"}
+  %both = (f32[3]{0}, s32[5]{0}) all-reduce(%a, %b), channel_id=11, to_apply=%add
+}
+
+%never (p: f32[]) -> f32[] {
+  %r = f32[8]{0} all-reduce(%p), channel_id=12, to_apply=%add
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = (s32[], f32[2]) while(%t), condition=%until_parts, body=%part
+  %a = (bf16[4]{0}, bf16[64]{0}) all-gather-start(%p), channel_id=13, dimensions={0}
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loops_turn():
+  found = {(c.kind, c.loops): (c.count, c.bytes, c.times, c.total_bytes) for c in hlo.collectives(TEXT)}
+  assert found == {
+      ("all-gather", (4, 18)): (1, 512, 72, 512 * 72),
+      ("reduce-scatter", (4, 18)): (1, 1024, 72, 1024 * 72),
+      ("all-reduce", (4,)): (1, 32, 4, 128),
+      ("all-gather", ()): (1, 128, 1, 128),
+  }
+
+
+def test_a_program_of_one_device_has_none():
+  import jax  # pylint: disable=import-outside-toplevel
+
+  text = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: x @ x, x)).lower(
+      jax.numpy.ones((4, 4))
+  ).compile().as_text()  # fmt: skip
+  assert hlo.collectives(text) == []
