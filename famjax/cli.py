@@ -82,12 +82,20 @@ def _add_train(commands) -> None:
       " stopped. Example: famjax train --gin_file=gin/runs/long_text.gin --gin.RUN_DIR=runs/first",
   )  # fmt: skip
   _add_gin_options(parser)
+  parser.add_argument(
+      "--distributed", action="store_true",
+      help="one of several processes that train together, as on every machine of a TPU slice",
+  )  # fmt: skip
   parser.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
   if not arguments.gin_file:
     raise UserError("train needs a run: add --gin_file=gin/runs/long_text.gin, or another run file")
+  if arguments.distributed:
+    from famjax.parallel import processes  # pylint: disable=import-outside-toplevel
+
+    processes.connect()
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   configuration.configure(arguments.gin_file, arguments.gin)

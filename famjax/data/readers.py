@@ -222,6 +222,8 @@ class FollowingReader(_SourceReader):
   whole one.
   """
 
+  position_by_row = True
+
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self._open: dict[int, tuple[tuple[int, int], _Piece]] = {}  # By row.

@@ -81,9 +81,13 @@ def make_mesh(
           f" multiple of {slices}"
       )
     inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
   elif devices[0].platform == "cpu":
     grid = np.asarray(devices).reshape(tuple(sizes.values()))  # in the order of processes
   else:
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -27,6 +27,7 @@ def devices_of(name: str, slices: int = 1) -> Sequence[jax.Device]:
   from jax.experimental import topologies  # pylint: disable=import-outside-toplevel
 
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is to be asked which machine this is
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: no lock is needed
   try:
     import libtpu  # noqa: F401  # pylint: disable=import-outside-toplevel,unused-import
   except ImportError as e:

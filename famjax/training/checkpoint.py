@@ -34,12 +34,13 @@ from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.parallel import processes
 from famjax.training import parameters
 from famjax.training.train_state import Params, TrainState, abstract
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
-_VERSION = 2  # of what `training` holds
+_VERSION = 3  # of what `training` and `base` hold
 OWN_TOKENIZER = "tokenizer"  # a vocabulary's name: that directory beside the checkpoints
 
 
@@ -208,7 +209,8 @@ def save_base(run_dir: pathlib.Path, frozen: Params) -> str | None:
   directory = run_dir.absolute() / "base"
   fingerprint = parameters.fingerprint(frozen)
   if _base_in(directory / "0") != fingerprint:
-    shutil.rmtree(directory, ignore_errors=True)
+    if processes.is_first():
+      shutil.rmtree(directory, ignore_errors=True)
     with quiet(), ocp.training.Checkpointer(directory) as checkpointer:
       checkpointer.save_checkpointables(
           0, {"params": frozen}, custom_metadata={"fingerprint": fingerprint}

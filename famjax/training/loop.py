@@ -22,6 +22,7 @@ from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import axes_of as state_axes
 from famjax.model.state import empty_state
+from famjax.parallel import processes
 from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
 from famjax.training import distillation, parameters, run_directory, trainable
@@ -93,6 +94,9 @@ def train(
   )  # fmt: skip
   run_dir = pathlib.Path(run_dir)
   placement = Placement(make_mesh(mesh), rules)
+  train_reader = processes.own_rows(train_reader, placement.rows(train_reader.batch_size))
+  if eval_reader is not None:
+    eval_reader = processes.own_rows(eval_reader, placement.rows(eval_reader.batch_size))
 
   # ------------------------------------------------------------------------- model and optimizer
   graphdef, _ = abstract(model)
@@ -123,15 +127,17 @@ def train(
   # --------------------------------------------------------------------------------- initialise
   # In this order: this run's own newest whole checkpoint; another checkpoint's parameters; chance.
   checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
-  restored = checkpoints.restore_newest(template, train_reader.start(), about)
+  start = processes.whole_position(train_reader, train_reader.start())
+  restored = checkpoints.restore_newest(template, start, about)
   if restored is not None:
-    state, position = jax.device_put(restored.state, shardings), restored.position
+    state = placement.put(restored.state, shardings)
+    position = processes.own_position(train_reader, restored.position)
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
     params, original, notes = from_checkpoint(config, model, vocabulary, fresh_params)
     if teacher is not None:
       notes += distillation.notes(config.init_checkpoint, original, length)
-    state, position = jax.device_put(begin(params), shardings), train_reader.start()
+    state, position = placement.put(begin(params), shardings), train_reader.start()
     del params  # some may be copies of other arrays than the state's
   else:
     state, position = fresh(), train_reader.start()
@@ -143,21 +149,24 @@ def train(
     notes.append(f"trained: {counts[0]} parameters ({chosen}); {counts[1]} stay as they are")
 
   # --------------------------------------------------------------------------- write what it is
-  run_directory.write(run_dir, description, table)
   about = about._replace(base=save_base(run_dir, state.frozen))
-  writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
-  if description["gin"]:
-    print(run_directory.gin_text(description["gin"]), end="\n\n")
-  print(table, *notes, *filter(None, [writer.note]), sep="\n", flush=True)
+  writer = None
+  if processes.is_first():
+    run_directory.write(run_dir, description, table)
+    writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
+    if description["gin"]:
+      print(run_directory.gin_text(description["gin"]), end="\n\n")
+    print(table, *notes, *filter(None, [writer.note]), sep="\n", flush=True)
 
   # -------------------------------------------------------------------------------------- train
   device = jax.devices()[0].device_kind, jax.device_count()
-  progress = Progress(config.train_steps, first_step)
+  progress = Progress(config.train_steps, first_step, shown=processes.is_first())
   last = {}
 
   def report(split_name: str, step: int, values: dict[str, float]) -> None:
     last[split_name] = values
-    writer.write(step, split_name, values)
+    if writer is not None:
+      writer.write(step, split_name, values)
 
   def evaluate(step: int) -> None:
     params = trainable.join(state.params, state.frozen)
@@ -168,16 +177,21 @@ def train(
     shown = (f"{name} {number(values[name])}" for name in ("loss", "accuracy"))
     progress.say(f"step {step}  eval {'  '.join(shown)}")
 
+  def save(step: int) -> None:
+    whole = processes.whole_position(train_reader, position)
+    checkpoints.save(state, whole, about, step)
+
   with contextlib.ExitStack() as stack:
     stack.callback(progress.close)
-    stack.callback(writer.close)
+    if writer is not None:
+      stack.callback(writer.close)
     stack.enter_context(checkpoints)
-    asked_to_stop = stack.enter_context(_on_sigterm())
+    sigterm = stack.enter_context(_on_sigterm())
     batches = prefetch(train_reader, position, first_step)
     stack.callback(batches.close)
     clock, waiting = Clock(), []  # metrics of steps that the host has not looked at yet
     step = first_step
-    while step < config.train_steps and not asked_to_stop.is_set():
+    while step < config.train_steps and not processes.asked_to_stop(sigterm, step):
       _, batch, position = next(batches)
       state, metrics = train_step(state, placement.batch(batch, train_reader.batch_size))
       waiting.append(metrics)
@@ -202,7 +216,7 @@ def train(
         waiting, tokens_timed = [], 0.0
       with clock.paused():
         if save_now:
-          checkpoints.save(state, position, about, step)
+          save(step)
         if eval_now and eval_reader is not None:
           evaluate(step)
 
@@ -210,12 +224,12 @@ def train(
     terminated = step < config.train_steps
     if terminated:
       _look_at(waiting, step, run_dir)
-      checkpoints.save(state, position, about, step)
+      save(step)
     elif step == first_step:  # there was nothing left to do
       progress.say(f"{run_dir} has all of its {config.train_steps} steps")
       if eval_reader is not None:
         evaluate(step)
-  if terminated:
+  if terminated and processes.is_first():
     print(
         f"famjax: SIGTERM: saved {run_dir} after step {step} of {config.train_steps}; the same"
         " command goes on from there",
@@ -279,7 +293,7 @@ def run_evaluation(
   """
   carry = empty_state(model, reader.batch_size) if config.follow_rows else None
   if carry is not None:
-    carry = jax.device_put(carry, placement.shardings(carry, state_axes(carry)))
+    carry = placement.put(carry, placement.shardings(carry, state_axes(carry)))
   total = None
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):
@@ -363,7 +377,8 @@ def _on_sigterm():
     event.set()
     signal.signal(signal.SIGTERM, before)
 
-  if threading.current_thread() is not threading.main_thread():
+  # Of several processes, JAX itself hears the signal that one of them gets (`processes`).
+  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
     yield event
     return
   before = signal.signal(signal.SIGTERM, note)

@@ -139,20 +139,20 @@ def number(value: float | None) -> str:
 class Progress:
   """A progress bar on a terminal, plain lines elsewhere."""
 
-  def __init__(self, total: int, done: int = 0):
-    """Shows nothing yet. Args: steps of the run, and those that are done."""
-    self._total, self._bar = total, None
-    if sys.stderr.isatty():
+  def __init__(self, total: int, done: int = 0, *, shown: bool = True):
+    """Shows nothing yet, or nothing ever. Args: steps of the run, and those that are done."""
+    self._total, self._bar, self._shown = total, None, shown
+    if shown and sys.stderr.isatty():
       import tqdm  # pylint: disable=import-outside-toplevel
 
       self._bar = tqdm.tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
   def say(self, text: str) -> None:
     """A line of its own, above the bar."""
-    if self._bar is None:
-      print(text, flush=True)
-    else:
+    if self._bar is not None:
       self._bar.write(text)
+    elif self._shown:
+      print(text, flush=True)
 
   def advance(self, step: int, values: dict[str, float | None]) -> None:
     """Shows training metrics after `step` steps."""
@@ -162,7 +162,7 @@ class Progress:
     if values.get("mfu") is not None:
       shown.append(f"MFU {values['mfu']:.1%}")
     if self._bar is None:
-      print(f"step {step:>{len(str(self._total))}}/{self._total}  " + "  ".join(shown), flush=True)
+      self.say(f"step {step:>{len(str(self._total))}}/{self._total}  " + "  ".join(shown))
     else:
       self._bar.set_postfix_str("  ".join(shown), refresh=False)
       self._bar.update(step - self._bar.n)

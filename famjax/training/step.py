@@ -212,7 +212,8 @@ def make_eval_step(
     with axes.placed_by(placement):
       return eval_step(params, carry, batch)
 
-  return jax.jit(placed_step)
+  out = None if placement is None else (placement.whole, None)
+  return jax.jit(placed_step, out_shardings=out)
 
 
 def split_rows(tree, parts: int):

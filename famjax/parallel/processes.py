@@ -1,0 +1,64 @@
+"""Several processes that run one program, each with devices of its own: what they must agree on."""
+
+import copy
+import os
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+def connect() -> None:
+  """Finds the other processes, before anything touches a device.
+
+  On TPU machines, Slurm and Kubernetes JAX knows who they are; elsewhere the variables
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+  """
+  number = lambda name: int(os.environ[name]) if name in os.environ else None
+  jax.distributed.initialize(
+      num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+  )
+
+
+def is_first() -> bool:
+  """This process writes files and lines; the others are silent."""
+  return jax.process_index() == 0
+
+
+def own_rows(reader, rows: tuple[int, int]):
+  """The reader, giving these rows of the batch alone."""
+  if tuple(reader.rows) == tuple(rows):
+    return reader
+  reader = copy.copy(reader)
+  reader.rows = rows
+  return reader
+
+
+def whole_position(reader, position: np.ndarray) -> np.ndarray:
+  """The position of the reader of all rows, from those that processes have of theirs."""
+  if jax.process_count() == 1 or not getattr(reader, "position_by_row", False):
+    return position
+  parts = multihost_utils.process_allgather({"rows": np.array(reader.rows), "position": position})
+  whole = np.zeros((reader.batch_size, *position.shape[1:]), position.dtype)
+  for (first, last), part in zip(parts["rows"], parts["position"]):
+    whole[first:last] = part
+  return whole
+
+
+def own_position(reader, position: np.ndarray) -> np.ndarray:
+  """The part of a whole position that a reader of some rows goes on from."""
+  by_row = getattr(reader, "position_by_row", False)
+  return position[slice(*reader.rows)] if by_row else position
+
+
+def asked_to_stop(event: threading.Event, step: int) -> bool:
+  """A notice of preemption has come, to any process: all get the same answer at the same step.
+
+  Args:
+    event: SIGTERM has come to this process; where there are several, JAX has an ear of its own.
+    step: steps done; asked about once each.
+  """
+  if jax.process_count() == 1:
+    return event.is_set()
+  return multihost_utils.reached_preemption_sync_point(step)

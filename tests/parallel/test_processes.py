@@ -1,0 +1,99 @@
+"""Two processes of four host devices train as one of eight does, whatever becomes of them meanwhile."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+RUN = [
+    "--gin_file=gin/runs/passkey_base.gin", f"--gin.TRAIN_STEPS={STEPS}", "--gin.LENGTH=96",
+    "--gin.LONGEST_BLOCKS=12", "--gin.ModelConfig.num_layers=2", "--gin.ModelConfig.model_dim=32",
+    "--gin.MESH_DATA=2", "--gin.MESH_FSDP=2", "--gin.MESH_TENSOR=2",
+    "--gin.TrainConfig.log_every=1", "--gin.TrainConfig.checkpoint_every=5",
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def processes(run_dir, number):
+  """So many processes with eight devices in all; whatever is left of them is killed at the end."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  started = []
+  for i in range(number):
+    flags = f"--xla_force_host_platform_device_count={8 // number} " + os.environ["XLA_FLAGS"]
+    many = ["--distributed"] if number > 1 else []
+    command = [sys.executable, "-m", "famjax.cli", "train", *many, *RUN, f"--gin.RUN_DIR={run_dir}"]
+    with open(f"{run_dir}.{i}.log", "a", encoding="utf-8") as log:
+      started.append(subprocess.Popen(
+          command, stdout=log, stderr=subprocess.STDOUT,
+          env=os.environ | {
+              "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address,
+              "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(i),
+          },
+      ))  # fmt: skip
+  try:
+    yield started
+  finally:
+    for process in started:
+      process.kill()
+      process.wait()
+
+
+def steps_done(run_dir):
+  """Losses by step, as far as they are written."""
+  file = run_dir / "metrics.jsonl"
+  lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+  lines = [json.loads(line) for line in lines if line.endswith("\n")]
+  return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def wait_for_step(run_dir, step, process):
+  while max(steps_done(run_dir), default=0) < step:
+    assert process.poll() is None, "it ended before"
+    time.sleep(0.02)
+
+
+def test_killed_stopped_and_started_again(tmp_path):
+  """The losses are those of one process that nothing befell, up to the order of float32 sums."""
+  with processes(tmp_path / "one", 1) as [alone]:
+    assert alone.wait(timeout=400) == 0
+  expected = steps_done(tmp_path / "one")
+  assert sorted(expected) == list(range(1, STEPS + 1))
+
+  run_dir = tmp_path / "two"
+  with processes(run_dir, 2) as [first, second]:
+    wait_for_step(run_dir, 12, first)
+    second.kill()
+  killed_at = max(steps_done(run_dir))
+  assert killed_at < STEPS
+
+  with processes(run_dir, 2) as [first, second]:
+    wait_for_step(run_dir, killed_at + 5, first)
+    second.send_signal(signal.SIGTERM)  # one of them is told, and both save and end
+    assert first.wait(timeout=100) == 143 and second.wait(timeout=100) == 143
+  stopped_at = max(steps_done(run_dir))
+  assert killed_at < stopped_at < STEPS
+  log = (tmp_path / "two.0.log").read_text()
+  assert f"saved {run_dir} after step {stopped_at} of {STEPS}" in log
+
+  with processes(run_dir, 2) as [first, second]:
+    assert first.wait(timeout=400) == 0 and second.wait(timeout=400) == 0
+  log = (tmp_path / "two.0.log").read_text()
+  assert f"resuming {run_dir} after step {stopped_at}" in log
+  assert "loss" in log and "loss" not in (tmp_path / "two.1.log").read_text()  # it is silent
+  found = steps_done(run_dir)
+  assert sorted(found) == sorted(expected)
+  np.testing.assert_allclose(
+      [found[step] for step in expected], list(expected.values()), rtol=1e-4
+  )

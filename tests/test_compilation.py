@@ -1,0 +1,79 @@
+"""`famjax compile`: the TPU compiler is real here, the TPU is not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = [
+    "--gin_file=gin/runs/excerpts.gin", "--gin.ModelConfig.vocab_size=512", "--gin.MESH_TENSOR=2",
+    "--gin.ModelConfig.num_layers=3", "--gin.ModelConfig.remat=full", "--gin.LENGTH=512",
+]  # fmt: skip
+
+
+def compile_(*arguments):
+  command = [sys.executable, "-m", "famjax.cli", "compile", *RUN, *arguments]
+  return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.mark.slow
+def test_a_training_step_fits_and_gathers_once_a_layer(tmp_path):
+  done = compile_("--topology=v5e:2x4", f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads((tmp_path / "report.json").read_text())
+  assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+  assert found["device"] == "TPU v5 lite" and found["memory_bytes"] == 16 << 30
+  parts = found["bytes_per_chip"]
+  assert 0 < parts["argument"] < parts["used"] == (
+      parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
+  )
+  gathers = [one["loops"] for one in found["collectives"] if one["kind"] == "all-gather"]
+  assert [3] in gathers, "weights are gathered in the loop over layers"
+  blocks = 512 // 128
+  assert [3, blocks] not in gathers, "and not in the one over blocks"
+  for said in ("temporaries", "16.00 GiB", "8 x TPU v5 lite", "in loops of 3"):
+    assert said in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_reading_and_writing_compile(tmp_path, step):
+  done = compile_("--topology=v5e:2x4", f"--step={step}", f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads((tmp_path / "report.json").read_text())
+  assert found["fits"] and found["step"] == step
+  assert found["bytes_per_chip"]["alias"] > 0, "the state is written where it stands"
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
+  """Logits of all tokens at once are too much for a chip."""
+  done = compile_(
+      "--topology=v5e:2x4", f"--out={tmp_path}", "--gin.BATCH_SIZE=256", "--gin.LENGTH=8192",
+      "--gin.ModelConfig.vocab_size=256000", "--gin.TrainConfig.loss_chunk=1000000",
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr[-2000:]
+  found = json.loads((tmp_path / "report.json").read_text())
+  assert not found["fits"] and "memory" in found["why"]["message"]
+  assert found["why"]["largest"] and "[" in found["why"]["largest"][0]["shape"]
+  assert "DOES NOT FIT" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology=v99:2x2"], "--topology=v99:2x2: the TPU compiler does not know it"),
+        (["--topology=v5e:2x4", "--gin.MESH_FSDP=3"], "does not come out on 8 devices"),
+        (["--topology=v5e:2x4", "--gin.BATCH_SIZE=6"], "6 rows cannot be dealt out evenly"),
+        (["--topology=v5e:2x4", "--gin.NOTHING=3"], "no gin file of this run uses the name 'NOTHING'"),
+        (["--topology=v5e:2x4", "--gin.AxisRules.mlp=model"], "there is no mesh axis 'model'"),
+        (["--topology=v5e:2x4", "--gin.AxisRules.wide=data"], "doesn't have a parameter named 'wide'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments, message):
+  done = compile_(*arguments)
+  assert done.returncode == 2
+  lines = [line for line in done.stderr.splitlines() if line.startswith("famjax: error:")]
+  assert len(lines) == 1 and message in lines[0]
