@@ -72,7 +72,7 @@ def table(found: dict[str, dict]) -> str:
     mesh = " x ".join(str(size) for size in case["mesh"].values())
     row = [name, case["topology"], mesh, str(case["accumulate"])]
     memory = f"{case['memory_bytes'] / 2**30:.0f}"
-    if not case["fits"] and "why" in case:
+    if not case["fits"]:
       lines.append([*row, "", "", "does not fit", memory, "", "", ""])
       continue
     parts = case["bytes_per_chip"]

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -101,12 +102,10 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
       "accumulate": run.config.accumulate,
       "memory_bytes": memory,
   }
-  try:
-    program = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    return found | {"fits": False, "why": _shortage(str(error))}
+  program, why, largest = _compile(lowered)
+  found |= {"fits": program is not None, "why": why, "largest_buffers": largest}
+  if program is None:
+    return found
   analysis, cost = program.memory_analysis(), program.cost_analysis() or {}
   parts = {
       name: getattr(analysis, f"{name}_size_in_bytes")
@@ -117,7 +116,6 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
   formula = flops_per_token(run.model, run.length, run.config.follow_rows, frozen)
   seconds = cost.get("optimal_seconds")
   return found | {
-      "fits": memory is None or used <= memory,
       "bytes_per_chip": parts | {"used": used},
       "flops_per_chip": {
           "formula": formula.total * tokens / len(devices) / (1 if step == "train" else 3),
@@ -206,16 +204,24 @@ def _shape(placement, names, dtype, *shape):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(names, shape))
 
 
-def _shortage(message: str) -> dict[str, Any]:
-  """What the compiler says when memory does not suffice: one line, and its largest buffers."""
-  line = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line)
-  buffers = re.findall(r"Size: (\S+)(.*?)(?=\n\s*={5,}|\n\s*\d+\. Size|\Z)", message, re.S)
-  field = lambda text, name: (re.search(rf"{name}[:=] ?\"?([^\n\"]+)", text) or ["", ""])[1].strip()
-  largest = [
-      {"size": size, "shape": field(text, "Shape"), "operator": field(text, "op_name")}
-      for size, text in buffers[:5]
-  ]
-  return {"message": line.partition("RESOURCE_EXHAUSTED: ")[2], "largest": largest}
+def _compile(lowered) -> tuple[Any, str | None, list[dict[str, str]]]:
+  """The program, or None and why it does not fit; and its largest buffers."""
+  program = why = None
+  with tempfile.TemporaryDirectory() as dump:
+    try:
+      program = lowered.compile(compiler_options={"xla_dump_to": dump})
+    except jax.errors.JaxRuntimeError as error:
+      lines = [line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED: " in line]
+      if not lines:
+        raise
+      why = lines[0].partition("RESOURCE_EXHAUSTED: ")[2]
+    reports = sorted(pathlib.Path(dump).glob("*memory-usage-report.txt"))
+    text = reports[-1].read_text() if reports else ""
+  rows = _BUFFER.findall(text.partition("\n\n")[0])  # of the chip's main memory; the largest first
+  return program, why, [{"size": size, "shapes": shapes} for size, shapes in rows[:5]]
+
+
+_BUFFER = re.compile(r"^ +[\d.]+\w+\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; (.*)$", re.M)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -231,19 +237,18 @@ def table(found: dict[str, Any]) -> str:
       ("chips", f"{found['devices']} x {found['device']} ({found['topology']}), mesh {mesh}"),
       ("memory of a chip", _size(memory)),
   ]  # fmt: skip
-  if "why" in found:
-    rows.append(("DOES NOT FIT", found["why"]["message"]))
-    rows += [
-        ("", f"{buffer['size']} {buffer['shape']} {buffer['operator']}")
-        for buffer in found["why"]["largest"]
-    ]
-    return _lines(rows)
+  largest = [
+      ("its largest buffers" if i == 0 else "", f"{buffer['size']}, in turn {buffer['shapes']}")
+      for i, buffer in enumerate(found["largest_buffers"])
+  ]
+  if not found["fits"]:
+    return _lines([*rows, ("DOES NOT FIT", found["why"]), *largest])
   parts = found["bytes_per_chip"]
   rows += [
       ("  arguments", _size(parts["argument"])),
       ("  temporaries", _size(parts["temp"])),
       ("  output", f"{_size(parts['output'])}; {_size(parts['alias'])} of it in arguments' place"),
-      ("  in all", _size(parts["used"]) + ("" if found["fits"] else ": DOES NOT FIT")),
+      ("  in all", _size(parts["used"])),
   ]
   flops = found["flops_per_chip"]
   rows.append(("FLOPs of a chip, by formula", f"{flops['formula']:.3g}"))

@@ -56,9 +56,10 @@ def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
   )  # fmt: skip
   assert done.returncode == 1, done.stderr[-2000:]
   found = json.loads((tmp_path / "report.json").read_text())
-  assert not found["fits"] and "memory" in found["why"]["message"]
-  assert found["why"]["largest"] and "[" in found["why"]["largest"][0]["shape"]
-  assert "DOES NOT FIT" in done.stdout
+  assert not found["fits"] and "Ran out of memory on HBM" in found["why"]
+  logits = 256 // 4 * 8192 * 256000 // 2 * 4 / 2**30  # of a chip, float32
+  assert found["largest_buffers"][0]["size"] == f"{logits:.2f}GiB"
+  assert f"{logits:.2f}GiB" in done.stdout and "DOES NOT FIT" in done.stdout
 
 
 @pytest.mark.parametrize(
