@@ -84,7 +84,8 @@ def test_every_other_file_stacks_on_a_run(path):
 
 def test_no_gin_file_is_left_out():
   found = {path.relative_to(GIN.parent).as_posix() for path in GIN.rglob("*.gin")}
-  folders = ("runs", "families", "models", "memory", "options")  # of families: tests/test_models.py
+  folders = ("runs", "families", "models", "memory", "options", "slices")
+  # Of families: tests/test_models.py; of slices, which need their chips: parallel/test_snapshots.py.
   assert found == {path for folder in folders for path in files(folder)}
 
 

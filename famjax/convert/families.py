@@ -109,10 +109,10 @@ def from_hf(hf: Json) -> ModelConfig:
   kind = hf.get("model_type")
   if hf.get("is_encoder_decoder"):
     raise UserError(
-        f"a model of type {kind!r} is an encoder-decoder, and famjax has decoders: {_known()}"
+        f"a model of type {kind!r} is an encoder-decoder, and famjax has decoders: {known()}"
     )
   if kind not in FAMILIES:
-    raise UserError(f"a model of type {kind!r} cannot be converted; {_known()}")
+    raise UserError(f"a model of type {kind!r} cannot be converted; {known()}")
   family = FAMILIES[kind]
   hf = {**family.usual, **hf}
   if hf.get("quantization_config"):
@@ -149,7 +149,7 @@ def to_hf(config: ModelConfig) -> Json:
     with contextlib.suppress(UserError):  # a family without some option
       if from_hf(hf) == wanted:
         return hf
-  raise UserError(f"no Hugging Face family has all options of this model; {_known()}")
+  raise UserError(f"no Hugging Face family has all options of this model; {known()}")
 
 
 def _network(config: ModelConfig) -> ModelConfig:
@@ -284,5 +284,6 @@ def _rope(kind: str, hf: Json) -> Json:
   return options | {"rope_factor": factor, "rope_stretch": tuple(stretch) or None}
 
 
-def _known() -> str:
+def known() -> str:
+  """The families that there are, for a line that refuses another one."""
   return f"there is {', '.join(FAMILIES)}"

@@ -4,6 +4,7 @@ Every reader asks a source for `example(seed, index, step)`, and the answer depe
 so that a restart, another process or another reader sees the same data.
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -94,6 +95,22 @@ class PairExamples:
     return join_texts(self.vocabulary, inputs, targets)
 
 
+def _in_tokens_of(vocabulary: Vocabulary, task: Any) -> Any:
+  """A seqio task or mixture whose texts become the tokens of a vocabulary."""
+  import seqio  # pylint: disable=g-import-not-at-top
+
+  from famjax.data.vocabularies import as_seqio  # pylint: disable=g-import-not-at-top
+
+  if isinstance(task, seqio.Mixture):
+    tasks = [(_in_tokens_of(vocabulary, one), task.get_rate(one)) for one in task.tasks]
+    return seqio.Mixture(task.name, tasks, sample_fn=task._sample_fn)  # pylint: disable=protected-access
+  features = {
+      name: dataclasses.replace(feature, vocabulary=as_seqio(vocabulary))
+      for name, feature in task.output_features.items()
+  }
+  return task.replace(output_features=features)
+
+
 class TaskExamples:
   """Examples of a seqio task or mixture: weight 0 on its `inputs`, if any, and 1 on its `targets`.
 
@@ -103,7 +120,7 @@ class TaskExamples:
   which costs the time of making the examples that are skipped. Not for two threads.
 
   Attributes:
-    vocabulary: the task's own (a `seqio.Vocabulary`), of its `targets`.
+    vocabulary: of its `targets`: the task's own (a `seqio.Vocabulary`), or the one that was given.
   """
 
   def __init__(
@@ -112,6 +129,7 @@ class TaskExamples:
       split: str = "train",
       *,
       modules: Sequence[str] = (),
+      vocabulary: Vocabulary | None = None,
       shuffle: bool = True,
       use_cached: bool = False,
   ):
@@ -121,6 +139,7 @@ class TaskExamples:
       name: of a task or mixture in seqio's registry; "passkey" and "long_text" are always there.
       split: of the task.
       modules: Python modules to import first, which register the task.
+      vocabulary: makes the tokens, in place of the task's own; None: the task's own.
       shuffle: whether seqio shuffles, with the reader's seed.
       use_cached: read what `seqio_cache_tasks` has written.
 
@@ -149,7 +168,10 @@ class TaskExamples:
     if split not in self._task.splits:
       splits = ", ".join(sorted(self._task.splits))
       raise UserError(f"task {name!r} has no split {split!r}; use one of: {splits}")
-    self.vocabulary = self._task.output_features["targets"].vocabulary
+    if vocabulary is not None:
+      self._task = _in_tokens_of(vocabulary, self._task)
+    own = self._task.output_features["targets"].vocabulary
+    self.vocabulary = own if vocabulary is None else vocabulary
     self._options = dict(split=split, shuffle=shuffle, use_cached=use_cached, num_epochs=None)
     self._stream: Any = iter(())
     self._next = (None, 0)  # Seed of the stream, and the index that it gives next.

@@ -228,13 +228,18 @@ def as_seqio(vocabulary: Vocabulary) -> Any:
       return vocabulary.decode(ids)
 
     def _encode_tf(self, s):
-      def encode(text):
-        text = text.item() if isinstance(text, np.ndarray) else text  # An array outside a graph.
-        return np.asarray(vocabulary.encode(text.decode("utf-8", "replace")), np.int32)
+      """int32 `[n]` of a text; of several `[m]`, as few-shot pipelines have them, `[m, (n)]` ragged."""
 
-      ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+      def encode(texts):
+        rows = [vocabulary.encode(t.decode("utf-8", "replace")) for t in np.ravel(texts).tolist()]
+        lengths = np.asarray([len(row) for row in rows], np.int32)
+        return np.asarray([i for row in rows for i in row], np.int32), lengths
+
+      s = tf.convert_to_tensor(s)
+      ids, lengths = tf.numpy_function(encode, [s], (tf.int32, tf.int32), stateful=False)
       ids.set_shape([None])
-      return ids
+      lengths.set_shape([None])
+      return tf.RaggedTensor.from_row_lengths(ids, lengths) if s.shape.rank else ids
 
     def _decode_tf(self, ids):
       def decode(table):

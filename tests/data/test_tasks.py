@@ -94,6 +94,34 @@ def test_both_are_registered_and_mix(small_tasks):
     seqio.MixtureRegistry.remove("famjax_mix")
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["task", "mixture"])
+def test_a_task_becomes_the_tokens_of_another_vocabulary(sums_task, mixed):
+  """As for FLAN's mixtures, whose own vocabulary is T5's."""
+  words = load_vocabulary("passkey_words")
+  name = sums_task
+  if mixed:
+    name = "famjax_mix"
+    seqio.MixtureRegistry.add(name, [(sums_task, 2.0)])
+  try:
+    source = TaskExamples(name, "validation", vocabulary=words, shuffle=False)
+    own = TaskExamples(name, "validation", shuffle=False)
+  finally:
+    if mixed:
+      seqio.MixtureRegistry.remove(name)
+  assert source.vocabulary is words
+  tokens, weights = source.example(0, 1, 0)
+  texts = " 51 + 1 =", " 52"
+  assert tokens.tolist() == [*words.encode(texts[0]), *words.encode(texts[1]), words.eos_id]
+  assert weights.sum() == len(words.encode(texts[1])) + 1
+  assert own.example(0, 1, 0)[0].tolist() != tokens.tolist()  # the task itself stays as it is
+
+
+def test_several_texts_at_once_are_a_ragged_tensor():
+  vocabulary = load_vocabulary("bytes")
+  rows = as_seqio(vocabulary).encode_tf(tf.constant(["ab", "", "xyz"]))
+  assert rows.to_list() == [vocabulary.encode(text) for text in ("ab", "", "xyz")]
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_task_is_read_by_index_through_its_epochs(sums_task, shuffle):
   source = TaskExamples(sums_task, shuffle=shuffle)

@@ -86,3 +86,11 @@ def test_what_cannot_be_loaded(fam, tmp_path):
     famjax.load(str(tmp_path / "nothing"))
   with pytest.raises(UserError, match="fam_length 5 is longer than a block of 4"):
     famjax.load(fam[0], MemoryConfig("fam", block_size=4, memory_segments=1, fam_length=5))
+
+
+def test_a_t5x_checkpoint_is_refused_with_what_there_is(tmp_path):
+  """As T5X leaves Flan-T5: a msgpack file named checkpoint, a zarr directory for each large array."""
+  (tmp_path / "checkpoint").write_bytes(b"\x82")
+  (tmp_path / "target.encoder.layers_0.attention.query.kernel").mkdir()
+  with pytest.raises(UserError, match="Flan-T5 are encoder-decoders, and famjax has decoders: .*gemma"):
+    famjax.load(str(tmp_path))
