@@ -155,7 +155,7 @@ def test_an_unknown_name_is_one_line(binding, capfd):
         ("train.optimizer=adamw", "optimizer is 'adamw': it must be an object, as @OptimizerConfig"),
         ("ModelConfig.memory=fam", "memory is 'fam': it must be an object, as @MemoryConfig()"),
         ("FollowingReader.source=books", "source is 'books': it must be an object, as @Source()"),
-        ("FollowingReader.rows=(0,)", r"rows is \(0,\): it must be \(int, int\) or None"),
+        ("FollowingReader.rows=(0.5,)", r"rows is \(0.5,\): it must be several int, as .*or None"),
         ("FollowingReader.rows=(0, 1)", r"rows \(0, 1\) of 16: one process reads them all"),
         ("ModelConfig.head_dim=0", "head_width is 0"),
         ("ModelConfig.rope_theta=-5.0", "rope_theta is -5.0"),

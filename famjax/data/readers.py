@@ -8,9 +8,9 @@ A batch is a dict of arrays of B rows and S tokens:
   lengths int32[B]: tokens of the row that are real.
 
 An example of n tokens fills n - 1 places: its last token is only a target. A position is a small
-int64 array that goes into the checkpoint. `rows=(first, last)` makes a reader give rows first ..
-last - 1 of the batch only, with the content that they have in the whole batch, so that every
-process of a pod reads its own.
+int64 array that goes into the checkpoint. `rows=(2, 3, 6)` makes a reader give these rows of the
+batch only, with the content that they have in the whole batch, so that every process of a pod reads
+its own.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class Reader(Protocol):
 
   batch_size: int
   length: int
-  rows: tuple[int, int]
+  rows: tuple[int, ...]
   vocabulary: Vocabulary
 
   def start(self) -> np.ndarray:
@@ -59,7 +59,7 @@ class _SourceReader:
       length: int,
       *,
       seed: int = 0,
-      rows: tuple[int, int] | None = None,
+      rows: Sequence[int] | None = None,
   ):
     """Takes what to read and how much of it.
 
@@ -68,7 +68,7 @@ class _SourceReader:
       batch_size: B, rows of the whole batch.
       length: S, tokens of a row in a step.
       seed: of every draw, not negative.
-      rows: (first, last) of the rows to give; None: all.
+      rows: numbers of the rows to give, rising; None: all.
 
     Raises:
       UserError: a value makes no sense.
@@ -77,9 +77,9 @@ class _SourceReader:
       raise UserError(
           f"reader: batch_size {batch_size}, length {length}, seed {seed}: use at least 1, 1 and 0"
       )
-    rows = (0, batch_size) if rows is None else tuple(rows)
-    if not 0 <= rows[0] < rows[1] <= batch_size:
-      raise UserError(f"reader: rows {rows} are not a part of a batch of {batch_size}")
+    rows = tuple(range(batch_size) if rows is None else rows)
+    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+      raise UserError(f"reader: rows {rows} are not rising numbers of rows of a batch of {batch_size}")
     self.source = source
     self.batch_size = batch_size
     self.length = length
@@ -137,7 +137,7 @@ class ExampleReader(_SourceReader):
   def read(self, position: np.ndarray, step: int) -> tuple[Batch, np.ndarray]:
     """See `Reader`."""
     pieces = []
-    for row in range(*self.rows):
+    for row in self.rows:
       tokens, weights = self.source.example(self.seed, int(position[0]) + row, step)
       pieces.append((tokens[: self.length + 1], weights[: self.length + 1]))
     return self._batch(pieces), position + self.batch_size
@@ -159,7 +159,7 @@ class PackedReader(_SourceReader):
       repeat_length: int = 256,
       repeat_weight: float = 0.1,
       seed: int = 0,
-      rows: tuple[int, int] | None = None,
+      rows: Sequence[int] | None = None,
   ):
     """Takes the source and shape of every reader, and the repeated segment.
 
@@ -170,7 +170,7 @@ class PackedReader(_SourceReader):
       repeat_length: tokens of the repeated segment; 0: no segment.
       repeat_weight: loss weight of each of its tokens.
       seed: of every draw.
-      rows: (first, last) of the rows to give; None: all.
+      rows: numbers of the rows to give, rising; None: all.
 
     Raises:
       UserError: a value makes no sense, or the length cannot hold the segment twice and its prompt.
@@ -201,12 +201,12 @@ class PackedReader(_SourceReader):
     for row in range(self.batch_size):
       examples = (self.source.example(self.seed, i, step) for i in itertools.count(index))
       tokens, weights, used = pack(examples, self._body)
-      if self._repeat[0] and self.rows[0] <= row < self.rows[1]:
+      if self._repeat[0] and row in self.rows:
         rng = generator(self.seed, index, REPEAT)
         tokens, weights = repeat_segment(rng, tokens, weights, self._prompt, *self._repeat)
       pieces.append((tokens, weights))
       index += used
-    return self._batch(pieces[slice(*self.rows)]), np.array([index], np.int64)
+    return self._batch([pieces[row] for row in self.rows]), np.array([index], np.int64)
 
 
 class FollowingReader(_SourceReader):
@@ -218,8 +218,7 @@ class FollowingReader(_SourceReader):
 
   Its position is int64[rows, 3]: for each row that it gives, how many documents the row has
   finished, the offset in the present one in tokens, and the training step at which that one began.
-  Processes that give parts of the rows have parts of the position: one below the other they are the
-  whole one.
+  Processes that give some of the rows have these rows of the position.
   """
 
   position_by_row = True
@@ -230,12 +229,12 @@ class FollowingReader(_SourceReader):
 
   def start(self) -> np.ndarray:
     """See `Reader`."""
-    return np.zeros((self.rows[1] - self.rows[0], 3), np.int64)
+    return np.zeros((len(self.rows), 3), np.int64)
 
   def read(self, position: np.ndarray, step: int) -> tuple[Batch, np.ndarray]:
     """See `Reader`."""
     pieces, after = [], []
-    for row, (ordinal, offset, began) in zip(range(*self.rows), position.tolist(), strict=True):
+    for row, (ordinal, offset, began) in zip(self.rows, position.tolist(), strict=True):
       if offset == 0:
         began = step
       tokens, weights = self._document(row, ordinal, began)

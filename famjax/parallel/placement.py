@@ -159,31 +159,27 @@ class Placement:
     """Parts that the rows of a batch are split into."""
     return math.prod(self.mesh.shape[axis] for axis in self.rules.of("batch"))
 
-  def rows(self, batch_size: int) -> tuple[int, int]:
-    """The first row that this process's devices work on, and the one after the last.
-
-    Raises:
-      UserError: they are not side by side.
-    """
+  def rows(self, batch_size: int) -> tuple[int, ...]:
+    """Numbers of the rows that this process's devices work on; they need not be side by side."""
     sharding = self.sharding(("batch",), (batch_size,), "a batch")
-    places = {
-        place[0].indices(batch_size)[:2]
-        for place in sharding.addressable_devices_indices_map((batch_size,)).values()
-    }
-    first, last = min(a for a, _ in places), max(b for _, b in places)
-    if sum(b - a for a, b in places) != last - first:
-      raise UserError(
-          f"the rows of process {jax.process_index()} are not side by side on a mesh of"
-          f" {dict(self.mesh.shape)}: choose another mesh"
-      )
-    return first, last
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = {row for (place,) in places for row in range(*place.indices(batch_size))}
+    return tuple(sorted(rows))
 
-  def batch(self, local: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """A batch `[B, ...]` on the mesh, of the rows that each process has read."""
+  def batch(
+      self, local: dict[str, np.ndarray], rows: tuple[int, ...], batch_size: int
+  ) -> dict[str, jax.Array]:
+    """A batch `[B, ...]` on the mesh, of which this process has read `rows`."""
 
     def put(x):
       shape = (batch_size, *x.shape[1:])
       sharding = self.sharding(("batch", *(None,) * (x.ndim - 1)), shape, "a batch")
-      return jax.make_array_from_process_local_data(sharding, x, shape)
+
+      def part(index):
+        first, last, _ = index[0].indices(batch_size)
+        at = int(np.searchsorted(rows, first))
+        return x[at : at + last - first][(slice(None), *index[1:])]
+
+      return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, local)

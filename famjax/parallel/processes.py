@@ -26,7 +26,7 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def own_rows(reader, rows: tuple[int, int]):
+def own_rows(reader, rows: tuple[int, ...]):
   """The reader, giving these rows of the batch alone."""
   if tuple(reader.rows) == tuple(rows):
     return reader
@@ -41,15 +41,15 @@ def whole_position(reader, position: np.ndarray) -> np.ndarray:
     return position
   parts = multihost_utils.process_allgather({"rows": np.array(reader.rows), "position": position})
   whole = np.zeros((reader.batch_size, *position.shape[1:]), position.dtype)
-  for (first, last), part in zip(parts["rows"], parts["position"]):
-    whole[first:last] = part
+  for rows, part in zip(parts["rows"], parts["position"]):
+    whole[rows] = part
   return whole
 
 
 def own_position(reader, position: np.ndarray) -> np.ndarray:
   """The part of a whole position that a reader of some rows goes on from."""
   by_row = getattr(reader, "position_by_row", False)
-  return position[slice(*reader.rows)] if by_row else position
+  return position[list(reader.rows)] if by_row else position
 
 
 def asked_to_stop(event: threading.Event, step: int) -> bool:

@@ -31,7 +31,7 @@ class TrainConfig:
       once; a model that starts at random must learn first what a FAM is for.
     random_offset: starting rows draw a random position offset (B.2.2).
     offset_cap: the draw is below min(2 pi rope_theta, offset_cap).
-    loss_chunk: tokens whose logits stand in memory at once.
+    loss_chunk: tokens whose logits stand in a device's memory at once.
     init_checkpoint: checkpoint directory or run directory whose parameters a fresh run starts from.
     eval_every: steps between evaluations; 0: only at the end.
     eval_batches: batches of an evaluation, the same ones each time.

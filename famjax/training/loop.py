@@ -94,7 +94,8 @@ def train(
   )  # fmt: skip
   run_dir = pathlib.Path(run_dir)
   placement = Placement(make_mesh(mesh), rules)
-  train_reader = processes.own_rows(train_reader, placement.rows(train_reader.batch_size))
+  B = train_reader.batch_size
+  train_reader = processes.own_rows(train_reader, placement.rows(B))
   if eval_reader is not None:
     eval_reader = processes.own_rows(eval_reader, placement.rows(eval_reader.batch_size))
 
@@ -111,8 +112,7 @@ def train(
 
   def begin(params):
     trained, frozen = trainable.part(params, chosen)
-    size = train_reader.batch_size
-    return init_train_state(trained, transformation, model, config, size, frozen)
+    return init_train_state(trained, transformation, model, config, B, frozen)
 
   fresh_params = lambda: split(Decoder(model, rngs=nnx.Rngs(config.seed)))[1]
   template = jax.eval_shape(lambda: begin(fresh_params()))
@@ -193,7 +193,7 @@ def train(
     step = first_step
     while step < config.train_steps and not processes.asked_to_stop(sigterm, step):
       _, batch, position = next(batches)
-      state, metrics = train_step(state, placement.batch(batch, train_reader.batch_size))
+      state, metrics = train_step(state, placement.batch(batch, train_reader.rows, B))
       waiting.append(metrics)
       step += 1
       if step == first_step + 1:
@@ -291,13 +291,14 @@ def run_evaluation(
 
   Without a token that has a loss weight they are None.
   """
-  carry = empty_state(model, reader.batch_size) if config.follow_rows else None
+  B = reader.batch_size
+  carry = empty_state(model, B) if config.follow_rows else None
   if carry is not None:
     carry = placement.put(carry, placement.shardings(carry, state_axes(carry)))
   total = None
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):
-      sums, carry = eval_step(params, carry, placement.batch(batch, reader.batch_size))
+      sums, carry = eval_step(params, carry, placement.batch(batch, reader.rows, B))
       total = sums if total is None else jax.tree.map(operator.add, total, sums)
   loss, weight, correct = map(float, jax.device_get(total))
   mean = loss / weight if weight else None
@@ -318,7 +319,7 @@ def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> No
         f" {block_size}: change one of them"
     )
   model.memory.check_context(reader.length)
-  if tuple(reader.rows) != (0, reader.batch_size):
+  if tuple(reader.rows) != tuple(range(reader.batch_size)):
     raise UserError(
         f"a reader gives rows {reader.rows} of {reader.batch_size}: one process reads them all;"
         " leave rows out"

@@ -88,18 +88,17 @@ def test_reading_changes_neither_the_reader_nor_the_position(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.given(cut=st.integers(1, 4))
-def test_rows_are_the_same_for_any_number_of_processes(kind, cut):
+@hypothesis.given(mine=st.sets(st.integers(0, 4), min_size=1, max_size=4))
+def test_rows_are_the_same_for_any_number_of_processes(kind, mine):
   make = lambda rows: KINDS[kind](NumberedSource(2, 90), 5, LENGTH, rows=rows)
   whole, positions = read_all(make(None), 6)
-  parts = [read_all(make(rows), 6) for rows in ((0, cut), (cut, 5))]
-  for step in range(6):
-    for name in whole[step]:
-      joined = np.concatenate([batches[step][name] for batches, _ in parts])
-      np.testing.assert_array_equal(joined, whole[step][name])
-    if kind == "following":
-      joined = np.concatenate([part[step] for _, part in parts])
-      np.testing.assert_array_equal(joined, positions[step])
+  for rows in (sorted(mine), sorted(set(range(5)) - mine)):
+    batches, mine_positions = read_all(make(rows), 6)
+    for step in range(6):
+      for name in whole[step]:
+        np.testing.assert_array_equal(batches[step][name], whole[step][name][rows])
+      if kind == "following":
+        np.testing.assert_array_equal(mine_positions[step], positions[step][rows])
 
 
 @hypothesis.given(
@@ -207,7 +206,8 @@ def test_the_repeat_is_off_at_length_0():
     [
         (lambda s: ExampleReader(s, 0, 8), "batch_size 0"),
         (lambda s: FollowingReader(s, 1, 8, seed=-1), "seed -1"),
-        (lambda s: ExampleReader(s, 4, 8, rows=(2, 5)), r"rows \(2, 5\)"),
+        (lambda s: ExampleReader(s, 4, 8, rows=(2, 4)), r"rows \(2, 4\) are not rising numbers"),
+        (lambda s: ExampleReader(s, 4, 8, rows=(2, 1)), r"rows \(2, 1\) are not rising numbers"),
         (lambda s: PackedReader(s, 1, 300), "length of 300 tokens cannot hold a segment of 256"),
         (lambda s: PackedReader(s, 1, 300, repeat_length=-1), "repeat_length -1"),
         (lambda s: PairExamples([], s.vocabulary), "no .* pairs"),

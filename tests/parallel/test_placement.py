@@ -151,8 +151,9 @@ def test_a_batch_on_one_device():
   import numpy as np  # pylint: disable=import-outside-toplevel
 
   here = Placement(make_mesh(devices=jax.devices()[:1]))
-  assert here.rows(6) == (0, 6)
-  batch = here.batch({"tokens": np.arange(12).reshape(6, 2)}, 6)
+  assert here.rows(6) == (0, 1, 2, 3, 4, 5)
+  batch = here.batch({"tokens": np.arange(12).reshape(6, 2)}, here.rows(6), 6)
+  np.testing.assert_array_equal(batch["tokens"], np.arange(12).reshape(6, 2))
   assert batch["tokens"].shape == (6, 2) and batch["tokens"].sharding.mesh.shape["fsdp"] == 1
 
 

@@ -40,8 +40,8 @@ class ToyReader:
   vocabulary: Vocabulary = Vocabulary()
 
   @property
-  def rows(self) -> tuple[int, int]:
-    return 0, self.batch_size
+  def rows(self) -> tuple[int, ...]:
+    return tuple(range(self.batch_size))
 
   def start(self) -> np.ndarray:
     return np.zeros(2, np.int64)
