@@ -76,5 +76,5 @@ def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
 def test_bad_input_is_one_line(arguments, message):
   done = compile_(*arguments)
   assert done.returncode == 2
-  lines = [line for line in done.stderr.splitlines() if line.startswith("famjax: error:")]
-  assert len(lines) == 1 and message in lines[0]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("famjax: error:") and message in line

@@ -13,6 +13,13 @@ HBM_BYTES = {
     "TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v6 lite": 32 << 30,
 }  # fmt: skip
 
+# libtpu asks around which machine of a slice this is, and warns; any answer will do. It also locks
+# the chips that it takes, and here it takes none.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
 
 def devices_of(name: str, slices: int = 1) -> Sequence[jax.Device]:
   """The devices of a slice, for ahead-of-time compilation. libtpu is needed, a TPU is not.
@@ -26,8 +33,8 @@ def devices_of(name: str, slices: int = 1) -> Sequence[jax.Device]:
   """
   from jax.experimental import topologies  # pylint: disable=import-outside-toplevel
 
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is to be asked which machine this is
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: no lock is needed
+  for variable, value in _ALONE.items():
+    os.environ.setdefault(variable, value)
   try:
     import libtpu  # noqa: F401  # pylint: disable=import-outside-toplevel,unused-import
   except ImportError as e:
