@@ -5,7 +5,7 @@ transformers does not look at. Tensors are read one by one into the stacked arra
 that no more than the model and one tensor stands in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import pathlib
@@ -24,6 +24,7 @@ from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
 from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
+from famjax.parallel.placement import put
 
 Params = dict[str, Any]
 
@@ -84,13 +85,18 @@ def _config(path: pathlib.Path, tensors: "_Tensors", param_dtype: str | None) ->
   return config
 
 
-def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, ModelConfig]:
+def read(
+    path: pathlib.Path,
+    param_dtype: str | None = None,
+    where: Callable[[ModelConfig], Params] | None = None,
+) -> tuple[Params, ModelConfig]:
   """Reads a model.
 
   Args:
     path: a directory with `config.json` and safetensors, in one file or in several.
     param_dtype: "float32" or "bfloat16"; None: the one that the embedding is stored in, float32 for
       float16.
+    where: gives the sharding of each parameter, of a configuration; None: all are on one device.
 
   Returns:
     Parameters of a `Decoder`, as nested dicts, and its configuration. Its memory is the one that
@@ -102,13 +108,17 @@ def read(path: pathlib.Path, param_dtype: str | None = None) -> tuple[Params, Mo
   tensors = _Tensors(path)
   config = _config(path, tensors, param_dtype)
   leaves, unused = {}, set(tensors.names)
+  places = {} if where is None else traverse_util.flatten_dict(where(config), sep="/")
   for name, shape in shapes(config).items():
     leaf = _aligned(shape, config.param_dtype)
     for tensor, place in _places(name, config):
       into = leaf if place is None else leaf[place]
       into[...] = _from_torch(name, tensors.read(tensor), into.shape, tensor)
       unused.discard(tensor)
-    leaves[name] = jax.device_put(leaf, may_alias=True)  # a CPU takes the array as it is
+    leaves[name] = (
+        put(leaf, places[name]) if places
+        else jax.device_put(leaf, may_alias=True)  # a CPU takes the array as it is
+    )  # fmt: skip
   if config.tie_embeddings:  # some directories hold it all the same
     unused.discard(_TENSORS["head/kernel"])
   unused = sorted(name for name in unused if not _NOT_WEIGHTS.search(name))

@@ -127,19 +127,6 @@ class Placement:
     shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(shape, tree, self.shardings(tree, axes))
 
-  def put(self, tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has all of, as those of the mesh; what is there already stays."""
-
-    def one(x, sharding):
-      if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-      if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return x
-      x = np.asarray(x)
-      return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(one, tree, shardings)
-
   def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
     """See `famjax.model.axes`."""
     return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, "an activation"))
@@ -183,3 +170,17 @@ class Placement:
       return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, local)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays that every process has all of, as those of a mesh; what is on one already stays there."""
+
+  def one(x, sharding):
+    if sharding.is_fully_addressable:
+      return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(one, tree, shardings)

@@ -4,9 +4,11 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
+import numpy as np
 
 from famjax.model import lora
 from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.parallel.placement import Placement
 from famjax.training import trainable
 from famjax.training.checkpoint import Loaded, check_model, check_vocabulary
 from famjax.training.checkpoint import load_params, read_model
@@ -38,7 +40,11 @@ def model_of(
 
 
 def from_checkpoint(
-    config: TrainConfig, model: ModelConfig, vocabulary: str, fresh_params: Callable[[], Params]
+    config: TrainConfig,
+    model: ModelConfig,
+    vocabulary: str,
+    fresh_params: Callable[[], Params],
+    placement: Placement | None = None,
 ) -> tuple[Params, ModelConfig, list[str]]:
   """Another checkpoint's parameters as those of a model.
 
@@ -47,6 +53,7 @@ def from_checkpoint(
     model: of the new run.
     vocabulary: its name.
     fresh_params: makes the new run's parameters at random.
+    placement: where they lie, as far as they are the checkpoint's; None: on one device.
 
   Returns:
     The parameters, the configuration that the checkpoint records, and what there is to say.
@@ -55,7 +62,7 @@ def from_checkpoint(
     UserError: the checkpoint is of another model or vocabulary.
   """
   path = config.init_checkpoint
-  loaded = load_params(path)
+  loaded = load_params(path, placement)
   check_model(path, loaded.model, model, MAY_DIFFER)
   check_vocabulary(path, loaded.vocabulary, vocabulary)
   wanted = jax.eval_shape(fresh_params)
@@ -108,7 +115,7 @@ def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) 
     elif name in fresh:
       places = fresh[name].shape[:-1]
       drawn = jax.random.randint(jax.random.key(seed), places, 0, embedding.shape[0])
-      adopted[name] = embedding[drawn]
+      adopted[name] = embedding[np.asarray(drawn)]  # of no device, so that it goes with any
   adopted = join(adopted, lora or {})
   return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
 

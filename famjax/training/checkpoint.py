@@ -35,8 +35,9 @@ from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel import processes
+from famjax.parallel.placement import Placement
 from famjax.training import parameters
-from famjax.training.train_state import Params, TrainState, abstract
+from famjax.training.train_state import Params, TrainState, abstract, param_axes
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
@@ -338,26 +339,34 @@ class Loaded(NamedTuple):
   step: int
 
 
-def load_params(path: str | pathlib.Path) -> Loaded:
+def load_params(path: str | pathlib.Path, placement: Placement | None = None) -> Loaded:
   """Reads the parameters of a checkpoint, for inference or for another run to start from.
 
   Args:
     path: a run's directory, its `checkpoints` directory (the newest whole step is taken), one step's
       directory, or a Hugging Face directory (`convert.hf`).
+    placement: where the parameters come to lie, each part read by its own process; None: all of
+      them on one device.
 
   Raises:
     UserError: there is no whole checkpoint, or another version of famjax wrote it.
   """
   path = pathlib.Path(path).absolute()
+  where = None
+  if placement is not None:
+    where = lambda model: placement.shardings(abstract(model)[1], param_axes(model))
   if hf.is_hf(path):
-    params, model = hf.read(path)
+    params, model = hf.read(path, where=where)
     return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
   directory, steps = _steps_at(path)
   reasons = []
   for step in steps:
     try:
       about = read_about(directory / str(step))
-      trained, frozen = part(abstract(about.model)[1], about.trainable)
+      template = abstract(about.model)[1]
+      if where is not None:
+        template = placement.shapes(template, param_axes(about.model))
+      trained, frozen = part(template, about.trainable)
       params = load_items(directory / str(step), {"params": trained})["params"]
       params = join(params, _load_base(directory.parent, frozen, about.base))
       return Loaded(params, about.model, about.vocabulary, step)

@@ -24,7 +24,7 @@ from famjax.model.state import axes_of as state_axes
 from famjax.model.state import empty_state
 from famjax.parallel import processes
 from famjax.parallel.mesh import MeshConfig, make_mesh
-from famjax.parallel.placement import AxisRules, Placement
+from famjax.parallel.placement import AxisRules, Placement, put
 from famjax.training import distillation, parameters, run_directory, trainable
 from famjax.training.adoption import from_checkpoint
 from famjax.training.checkpoint import About, Checkpoints, save_base
@@ -130,14 +130,16 @@ def train(
   start = processes.whole_position(train_reader, train_reader.start())
   restored = checkpoints.restore_newest(template, start, about)
   if restored is not None:
-    state = placement.put(restored.state, shardings)
+    state = put(restored.state, shardings)
     position = processes.own_position(train_reader, restored.position)
     notes = [*restored.skipped, f"resuming {run_dir} after step {int(state.step)}"]
   elif config.init_checkpoint:
-    params, original, notes = from_checkpoint(config, model, vocabulary, fresh_params)
+    params, original, notes = from_checkpoint(
+        config, model, vocabulary, fresh_params, placement
+    )
     if teacher is not None:
       notes += distillation.notes(config.init_checkpoint, original, length)
-    state, position = placement.put(begin(params), shardings), train_reader.start()
+    state, position = put(begin(params), shardings), train_reader.start()
     del params  # some may be copies of other arrays than the state's
   else:
     state, position = fresh(), train_reader.start()
@@ -294,7 +296,7 @@ def run_evaluation(
   B = reader.batch_size
   carry = empty_state(model, B) if config.follow_rows else None
   if carry is not None:
-    carry = placement.put(carry, placement.shardings(carry, state_axes(carry)))
+    carry = put(carry, placement.shardings(carry, state_axes(carry)))
   total = None
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):

@@ -24,7 +24,7 @@ RUN = [
 
 
 @contextlib.contextmanager
-def processes(run_dir, number):
+def processes(run_dir, number, *more):
   """So many processes with eight devices in all; whatever is left of them is killed at the end."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -33,7 +33,8 @@ def processes(run_dir, number):
   for i in range(number):
     flags = f"--xla_force_host_platform_device_count={8 // number} " + os.environ["XLA_FLAGS"]
     many = ["--distributed"] if number > 1 else []
-    command = [sys.executable, "-m", "famjax.cli", "train", *many, *RUN, f"--gin.RUN_DIR={run_dir}"]
+    command = [sys.executable, "-m", "famjax.cli", "train", *many, *RUN, *more]
+    command += [f"--gin.RUN_DIR={run_dir}"]
     with open(f"{run_dir}.{i}.log", "a", encoding="utf-8") as log:
       started.append(subprocess.Popen(
           command, stdout=log, stderr=subprocess.STDOUT,
@@ -64,11 +65,18 @@ def wait_for_step(run_dir, step, process):
     time.sleep(0.02)
 
 
-def test_killed_stopped_and_started_again(tmp_path):
-  """The losses are those of one process that nothing befell, up to the order of float32 sums."""
-  with processes(tmp_path / "one", 1) as [alone]:
+@pytest.fixture(scope="module", name="one")
+def _one(tmp_path_factory):
+  """The directory of a run of one process that nothing befell."""
+  run_dir = tmp_path_factory.mktemp("runs") / "one"
+  with processes(run_dir, 1) as [alone]:
     assert alone.wait(timeout=400) == 0
-  expected = steps_done(tmp_path / "one")
+  return run_dir
+
+
+def test_killed_stopped_and_started_again(one, tmp_path):
+  """The losses are those of one process that nothing befell, up to the order of float32 sums."""
+  expected = steps_done(one)
   assert sorted(expected) == list(range(1, STEPS + 1))
 
   run_dir = tmp_path / "two"
@@ -97,3 +105,20 @@ def test_killed_stopped_and_started_again(tmp_path):
   np.testing.assert_allclose(
       [found[step] for step in expected], list(expected.values()), rtol=1e-4
   )
+
+
+def test_lora_on_a_checkpoint_of_another_run(one, tmp_path):
+  """Each process reads its part of the base, and they agree on what it is."""
+  lora = [
+      "--gin_file=gin/options/lora.gin", "--gin.LORA_RANK=2", "--gin.TRAIN_STEPS=3",
+      f"--gin.TrainConfig.init_checkpoint={one}",
+  ]  # fmt: skip
+  found = []
+  for number in (1, 2):
+    run_dir = tmp_path / str(number)
+    with processes(run_dir, number, *lora) as started:
+      assert [process.wait(timeout=400) for process in started] == [0] * number
+    found.append(steps_done(run_dir))
+    assert (run_dir / "base" / "0").is_dir()
+  np.testing.assert_allclose(list(found[1].values()), list(found[0].values()), rtol=1e-4)
+  assert found[0][3] != found[0][1]
