@@ -3,12 +3,15 @@
 A command is a function that adds its parser and sets `run`, a function of the parsed arguments to
 an exit status. It imports what it needs when it runs, so that `famjax --help` costs nothing.
 
-Exit status: 0 done, 1 the run diverged, 2 bad input, 130 interrupted, 143 ended by SIGTERM.
+Exit status: 0 done; 1 the run diverged, or the step does not fit; 2 bad input; 70 an error of the
+program or of another process, with its traceback; 130 interrupted; 143 ended by SIGTERM, or by a notice
+of preemption, and to be started again.
 """
 
 import argparse
 import importlib
 import sys
+import traceback
 
 import famjax
 from famjax.errors import DivergedError, TerminatedError, UserError
@@ -41,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(e, 143)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
+  except Exception:  # pylint: disable=broad-exception-caught
+    traceback.print_exc()  # Python's own status for it, 1, means something here
+    return 70
 
 
 def _fail(error: Exception | str, status: int) -> int:

@@ -169,6 +169,7 @@ def test_a_vocabulary_that_does_not_match_a_checkpoint(tmp_path, corpus, capsys)
         (KeyboardInterrupt(), 130, "interrupted"),
         (TerminatedError("SIGTERM: it goes on from there"), 143, "goes on from there"),
         (OSError(28, "No space left on device", "/full"), 2, "No space left on device: '/full'"),
+        (RuntimeError("a peer is gone"), 70, "Traceback"),
     ],
 )
 def test_a_run_that_diverges_or_is_interrupted(monkeypatch, capsys, error, status, line):

@@ -95,6 +95,7 @@ def train(
   run_dir = pathlib.Path(run_dir)
   placement = Placement(make_mesh(mesh), rules)
   B = train_reader.batch_size
+  config.check_batch_size(B, placement.row_parts)
   train_reader = processes.own_rows(train_reader, placement.rows(B))
   if eval_reader is not None:
     eval_reader = processes.own_rows(eval_reader, placement.rows(eval_reader.batch_size))
@@ -255,15 +256,15 @@ def check(
 ) -> dict[str, Any]:
   """Returns what the run is, see `run_directory.describe`, if `train` could begin or go on with it.
 
-  Args are those of `train`.
+  Args are those of `train`. Of how many devices there are nothing depends: the run may be of another
+  machine.
 
   Raises:
     UserError: it could not.
   """
   for part in (model, optimizer, config, mesh, rules):
     part.validate()
-  row_parts = Placement(make_mesh(mesh), rules).row_parts
-  config.check_batch_size(train_reader.batch_size, row_parts)
+  config.check_batch_size(train_reader.batch_size)
   distillation.check(config, trainable.choose(config.trainable, model))
   if model.memory.context is not None and config.follow_rows:
     raise UserError(
