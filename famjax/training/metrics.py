@@ -8,6 +8,8 @@ import pathlib
 import sys
 import time
 
+from etils import epath
+
 from famjax.training.flops import FlopsPerToken, utilisation
 
 
@@ -22,7 +24,7 @@ class MetricsWriter:
     note: why there are no event files although they were asked for; else None.
   """
 
-  def __init__(self, directory: pathlib.Path, *, tensorboard: bool = True, step: int = 0):
+  def __init__(self, directory: pathlib.Path | epath.Path, *, tensorboard: bool = True, step: int = 0):
     """Opens the files.
 
     Args:
@@ -90,11 +92,11 @@ def _step_of(line: str) -> float:
     return math.inf
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path | epath.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
+  temporary.replace(path)
 
 
 class Clock:

@@ -9,8 +9,10 @@
 
 import dataclasses
 import json
-import pathlib
+import os
 from typing import Any
+
+from etils import epath
 
 from famjax.errors import UserError
 from famjax.training.config import MAY_CHANGE
@@ -20,6 +22,12 @@ from famjax.training.optimizer import DECAYING
 # Settings by the name that they have in gin that change no step of training.
 _FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat", "model_of.checkpoint"}
 _FREE |= {f"TrainConfig.{name}" for name in MAY_CHANGE}
+
+
+def place(path: str | os.PathLike[str]) -> epath.Path:
+  """A directory of this machine, absolute, or of a bucket, gs://bucket/run."""
+  path = epath.Path(path)
+  return path if "://" in os.fspath(path) else path.absolute()
 
 
 def describe(
@@ -54,7 +62,7 @@ def describe(
   }
 
 
-def check(directory: pathlib.Path, description: dict[str, Any]) -> None:
+def check(directory: epath.Path, description: dict[str, Any]) -> None:
   """Raises UserError if a directory belongs to a run of another configuration.
 
   Options that change no step (`config.MAY_CHANGE`, evaluation, remat, the mesh) may differ. A
@@ -83,7 +91,7 @@ def check(directory: pathlib.Path, description: dict[str, Any]) -> None:
       )
 
 
-def write(directory: pathlib.Path, description: dict[str, Any], parameter_table: str) -> None:
+def write(directory: epath.Path, description: dict[str, Any], parameter_table: str) -> None:
   """Makes the directory and writes what the run is."""
   directory.mkdir(parents=True, exist_ok=True)
   write_text(directory / "parameters.txt", parameter_table + "\n")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from famjax.errors import DivergedError, UserError
-from famjax.training import loop
+from famjax.training import loop, run_directory
 from famjax.training.checkpoint import About, Checkpoints, list_steps
 from tests.training import toy
 
@@ -289,3 +289,10 @@ def test_an_ordinary_decoder_trains_within_its_context(tmp_path):
     train(tmp_path / "b", change(one, follow_rows=True), model=full(blocks - 1))
   assert not list(tmp_path.iterdir())
   train(tmp_path / "c", one, model=full(blocks - 1))
+
+
+def test_a_run_directory_is_here_or_in_a_bucket(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(run_directory.place("runs/a")) == str(tmp_path / "runs" / "a")
+  bucket = run_directory.place("gs://bucket/runs/a")
+  assert str(bucket / "checkpoints") == "gs://bucket/runs/a/checkpoints"
