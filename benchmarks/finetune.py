@@ -44,7 +44,7 @@ WAYS = {  # of training a student: run file, and what is set in it
     "pass keys": (
         "passkey_base",
         ["LENGTH=512", "BATCH_SIZE=8", "Lengths.low=2", "LEARNING_RATE=2e-3",
-         "LONGEST_BLOCKS=((0, 4), (100, 8), (150, 16), (200, 32))",
+         "LONGEST_BLOCKS=((0, 4), (100, 8), (200, 16), (300, 32))",
          "EVAL_BLOCKS=(2, 4, 8, 16, 32, 64, 128)"],
     ),
 }  # fmt: skip
@@ -59,7 +59,7 @@ def main() -> None:
   parser.add_argument("--valid", help="directory of texts to ask about")
   parser.add_argument("--pairs", help="TSV files of question, answer and reasons; none: left out")
   parser.add_argument("--base_steps", type=int, default=1500)
-  parser.add_argument("--steps", type=int, default=300, help="of each student")
+  parser.add_argument("--steps", type=int, default=300, help="of each student; of pass keys twice")
   parser.add_argument("--vocab", type=int, default=2048, help="entries of the BPE")
   parser.add_argument("--texts", type=int, default=32, help="excerpts to ask about")
   parser.add_argument("--parallel", type=int, default=len(os.sched_getaffinity(0)))
@@ -135,6 +135,7 @@ def _student(out, hub, arguments, student) -> None:
   run = out / _slug(name)
   run_file, settings = WAYS[way]
   log = run.with_suffix(".log")
+  steps = arguments.steps * (2 if way == "pass keys" else 1)
   more = []
   if way == "instructions":
     more = [f"DATA={arguments.pairs}", f"COLUMNS={FIELDS!r}", f"TEMPLATES={TEMPLATES!r}",
@@ -148,8 +149,8 @@ def _student(out, hub, arguments, student) -> None:
   described = [
       f"--gin_file=gin/runs/{run_file}.gin", *(f"--gin_file={file}" for file in files),
       *_set(
-          STUDENT, ["LEARNING_RATE=1e-3"], settings, more,
-          [f"RUN_DIR={run}", f"TRAIN_STEPS={arguments.steps}", f"VOCABULARY={hub}"],
+          STUDENT, ["LEARNING_RATE=1e-3", f"TRAIN_STEPS={steps}"], settings, more,
+          [f"RUN_DIR={run}", f"VOCABULARY={hub}"],
           [f"INITIAL_CHECKPOINT={hub}", f"TrainConfig.init_checkpoint={hub}"],
       ),
   ]  # fmt: skip

@@ -336,7 +336,10 @@ case "$verb" in
   logs) follow ;;
   stop) new_round; stop_run ;;
   delete) delete ;;
-  local) famjax_environment tpu; do_it famjax train "$@" ;;
+  local)
+    [[ -n "$dry" ]] || famjax_environment tpu
+    do_it famjax train "$@"
+    ;;
   -h | --help | help | "") usage ;;
   *) fail "unknown verb '$verb': train, create, sync, setup, run, status, logs, stop, delete, local" ;;
 esac

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import time
 
@@ -211,6 +212,28 @@ def test_a_dry_run_says_every_command_and_runs_none(cloud):
     assert any(part in line for line in said), part
   run = next(line for line in said if "tpu_worker.sh" in line and "run" in line)
   assert "--project=p" in run
+
+
+def test_the_command_of_the_document(cloud):
+  text = (ROOT / "docs" / "tpu.md").read_text()
+  (command,) = re.findall(r"^ +(launch/tpu_train.sh train (?:.*\\\n)*.*)", text, re.M)
+  assert "--dry_run" in command
+  done = subprocess.run(
+      ["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT,
+      env=cloud.environment,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "tpu_worker.sh" in done.stdout and not cloud.calls
+
+
+def test_local_is_famjax_train_on_this_machine(cloud):
+  done = cloud("local", "--dry_run", run=[RUN, *ODD])
+  assert done.returncode == 0 and not cloud.calls
+  (line,) = done.stdout.splitlines()
+  words = subprocess.run(
+      ["bash", "-c", f"printf '%s\\0' {line[1:]}"], capture_output=True, check=True
+  ).stdout.decode()
+  assert words.split("\0")[:-1] == ["famjax", "train", RUN, *ODD]
 
 
 def test_logs_are_followed(cloud):
