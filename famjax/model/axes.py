@@ -1,7 +1,7 @@
 """Names of the axes of arrays; where an axis lies on a mesh of devices is not the model's business.
 
 Parameters carry names (`nnx.Param(..., axes=...)`), states have `state.AXES`, and activations are
-named where they are made, by `constrain`. A placement, `famjax.parallel.Placement`, knows what the
+named where they are made, by `constrain`. A `famjax.parallel.placement.Placement` knows what the
 names mean; without one, which is the default, every function here gives back what it was given.
 """
 

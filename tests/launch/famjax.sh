@@ -11,6 +11,6 @@ sed -i 1d "$plan"
 echo "run on $MACHINE: ${what:-ends}"
 case "$what" in
   [0-9]*) exit "$what" ;;
-  preempted) echo SUSPENDED >"$CLOUD/state"; sleep 60 & wait ;;
-  waits) sleep 60 & wait ;;
+  preempted) echo SUSPENDED >"$CLOUD/state"; sleep 120 & wait ;;
+  waits) sleep 120 & wait ;;
 esac

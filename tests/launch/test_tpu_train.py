@@ -39,7 +39,7 @@ class Cloud:
 
   def __call__(self, verb, *options, run=(RUN,), **variables):
     return subprocess.run(
-        self.command(verb, *options, run=run), capture_output=True, text=True, timeout=60,
+        self.command(verb, *options, run=run), capture_output=True, text=True, timeout=200,
         check=False, env=self.environment | variables,
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_a_worker_that_fails_ends_the_round_for_all(cloud):
   started = time.monotonic()
   done = cloud("train", WORKERS="4")
   assert done.returncode == 0, done.stdout + done.stderr
-  assert time.monotonic() - started < 40  # nobody waited for the others' minute
+  assert time.monotonic() - started < 110  # nobody waited for what the others had to do
   assert len(cloud.runs) == 8 and "a machine ended with status 134" in done.stdout
   assert "saved" in (cloud.logs / "t" / "1" / "0-3.log").read_text()
 
@@ -154,7 +154,7 @@ def test_no_retries_left(cloud):
 
 def test_stop_ends_the_run_and_nothing_else(cloud):
   cloud.write("plan.t-0", "waits\n")
-  other = subprocess.Popen(["bash", "-c", "exec -a famjax sleep 60"])
+  other = subprocess.Popen(["bash", "-c", "exec -a famjax sleep 300"])
   training = subprocess.Popen(
       cloud.command("train", "--retries=0"), env=cloud.environment, stdout=subprocess.DEVNULL
   )
@@ -164,7 +164,7 @@ def test_stop_ends_the_run_and_nothing_else(cloud):
       time.sleep(0.1)
     assert "running" in cloud("status", run=()).stdout
     assert cloud("stop", run=()).returncode == 0
-    assert training.wait(timeout=30) == 3  # it was to be started again, and there was no retry
+    assert training.wait(timeout=100) == 3  # it was to be started again, and there was no retry
     assert "saved" in (cloud.logs / "t" / "1" / "0-0.log").read_text()
     assert "idle" in cloud("status", run=()).stdout
     assert other.poll() is None
