@@ -307,7 +307,8 @@ def _plot(places, keys, path: pathlib.Path) -> None:
   for axes in (left, right):
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="small")
+  left.legend(frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+  right.legend(frameon=False, fontsize="small")
   figure.savefig(path)
   plt.close(figure)
 
