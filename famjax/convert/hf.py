@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from famjax.convert.families import SYMBOLS, Json, carried, from_hf, to_hf
+from famjax.convert.families import SYMBOLS, Json, carried, from_hf, known, to_hf
 from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
 from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
@@ -83,6 +83,15 @@ def _config(path: pathlib.Path, tensors: "_Tensors", param_dtype: str | None) ->
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   return config
+
+
+def refuse_t5x(path: pathlib.Path) -> None:
+  """Raises UserError for a checkpoint of T5X: a msgpack file, and a directory for each large array."""
+  if (path / "checkpoint").is_file() and any(path.glob("target.*")):
+    raise UserError(
+        f"{path} is a checkpoint of T5X: T5 and Flan-T5 are encoder-decoders, and famjax has"
+        f" decoders: {known()}"
+    )
 
 
 def read(

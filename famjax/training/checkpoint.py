@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from famjax.convert import families, hf
+from famjax.convert import hf
 from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
@@ -317,7 +317,7 @@ def read_model(path: str | pathlib.Path) -> ModelConfig:
 
 def _steps_at(path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
   """The directory of the checkpoints that a path means, and which, the newest first."""
-  _refuse_t5x(path)
+  hf.refuse_t5x(path)
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   steps = list_steps(directory)[::-1]
   return (path.parent, [int(path.name)]) if not steps and path.name.isdigit() else (directory, steps)
@@ -376,15 +376,6 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
       reasons.append(f"step {step} is not whole ({reason(error)})")
   why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
-
-
-def _refuse_t5x(path: pathlib.Path) -> None:
-  """Raises UserError for a checkpoint of T5X: a msgpack file, and a directory for each large array."""
-  if (path / "checkpoint").is_file() and any(path.glob("target.*")):
-    raise UserError(
-        f"{path} is a checkpoint of T5X: T5 and Flan-T5 are encoder-decoders, and famjax has"
-        f" decoders: {families.known()}"
-    )
 
 
 def check_model(path, saved: ModelConfig, wanted: ModelConfig, ignore: tuple[str, ...]) -> None:
