@@ -35,8 +35,7 @@ from famjax.errors import UserError
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel import processes
 from famjax.parallel.placement import Placement
-from famjax.training import parameters
-from famjax.training.run_directory import place
+from famjax.training import parameters, run_directory
 from famjax.training.train_state import Params, TrainState, abstract, param_axes
 from famjax.training.trainable import join, part
 
@@ -87,7 +86,7 @@ class Checkpoints:
       directory: absolute or relative; `<RUN_DIR>/checkpoints`.
       keep: newest steps that stay.
     """
-    self.directory = place(directory)
+    self.directory = run_directory.place(directory)
     self._keep = keep
     self._checkpointer = None
     self._newest = None  # step of the last save
@@ -186,7 +185,7 @@ def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
   largest = max(x.nbytes for x in jax.tree.leaves(params))
   memory = ocp.options.MemoryOptions(write_concurrent_bytes=largest + largest // 16 + 1)
   with quiet(), ocp.Context(memory_options=memory):
-    with ocp.training.Checkpointer(place(directory) / "checkpoints") as checkpointer:
+    with ocp.training.Checkpointer(run_directory.place(directory) / "checkpoints") as checkpointer:
       checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=_metadata(about))
 
 
@@ -207,7 +206,7 @@ def save_base(run_dir: pathlib.Path, frozen: Params) -> str | None:
   """
   if not frozen:
     return None
-  directory = place(run_dir) / "base"
+  directory = run_directory.place(run_dir) / "base"
   fingerprint = parameters.fingerprint(frozen)
   if _base_in(directory / "0") != fingerprint:
     if processes.is_first() and directory.exists():
@@ -293,7 +292,7 @@ def read_about(path: pathlib.Path) -> About:
   model = ModelConfig(memory=MemoryConfig(**memory), **model)
   vocabulary = data["vocabulary"]
   if vocabulary == OWN_TOKENIZER:
-    vocabulary = str(place(path).parent.parent / OWN_TOKENIZER)
+    vocabulary = str(run_directory.place(path).parent.parent / OWN_TOKENIZER)
   return About(
       model, vocabulary, data.get("trainable", "full"), data.get("base"), data.get("version", 1)
   )
@@ -305,7 +304,7 @@ def read_model(path: str | pathlib.Path) -> ModelConfig:
   Raises:
     UserError: as `load_params`.
   """
-  path = place(path)
+  path = run_directory.place(path)
   if hf.is_hf(path):
     return hf.read_config(path)
   directory, steps = _steps_at(path)
@@ -351,7 +350,7 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
   Raises:
     UserError: there is no whole checkpoint, or another version of famjax wrote it.
   """
-  path = place(path)
+  path = run_directory.place(path)
   where = None
   if placement is not None:
     where = lambda model: placement.shardings(abstract(model)[1], param_axes(model))
