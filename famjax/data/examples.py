@@ -168,10 +168,11 @@ class TaskExamples:
     if split not in self._task.splits:
       splits = ", ".join(sorted(self._task.splits))
       raise UserError(f"task {name!r} has no split {split!r}; use one of: {splits}")
-    if vocabulary is not None:
+    if vocabulary is None:
+      vocabulary = self._task.output_features["targets"].vocabulary
+    else:
       self._task = _in_tokens_of(vocabulary, self._task)
-    own = self._task.output_features["targets"].vocabulary
-    self.vocabulary = own if vocabulary is None else vocabulary
+    self.vocabulary = vocabulary
     self._options = dict(split=split, shuffle=shuffle, use_cached=use_cached, num_epochs=None)
     self._stream: Any = iter(())
     self._next = (None, 0)  # Seed of the stream, and the index that it gives next.
