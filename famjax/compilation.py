@@ -63,8 +63,12 @@ def compile_command(arguments: argparse.Namespace) -> int:
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips that are meant are elsewhere
+  if arguments.slices < 1:
+    raise UserError(f"--slices={arguments.slices}: use at least 1")
   devices = topology.devices_of(arguments.topology, arguments.slices)
   run = Run(**configuration.run_from_gin(arguments.gin_file, arguments.gin))
+  if None in (run.model, run.batch_size, run.length):
+    raise UserError("the gin files describe no run: begin with one of gin/runs/, which has BATCH_SIZE")
   found = {"topology": arguments.topology, "slices": arguments.slices, "step": arguments.step}
   found |= compiled(run, arguments.step, devices)
   if arguments.out:

@@ -66,6 +66,7 @@ def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
     "arguments, message",
     [
         (["--topology=v99:2x2"], "--topology=v99:2x2: the TPU compiler does not know it"),
+        (["--topology=v5e:2x4", "--slices=0"], "--slices=0: use at least 1"),
         (["--topology=v5e:2x4", "--gin.MESH_FSDP=3"], "does not come out on 8 devices"),
         (["--topology=v5e:2x4", "--gin.BATCH_SIZE=6"], "6 rows cannot be dealt out evenly"),
         (["--topology=v5e:2x4", "--gin.NOTHING=3"], "no gin file of this run uses the name 'NOTHING'"),
