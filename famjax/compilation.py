@@ -6,7 +6,6 @@ of memory and of what chips send one another; no time is measured, and none is c
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import re
 import tempfile
@@ -62,7 +61,8 @@ def compile_command(arguments: argparse.Namespace) -> int:
   """Compiles a step for a slice, prints a table and leaves `report.json`; 1 if it does not fit."""
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips that are meant are elsewhere
+  if not jax.config.jax_platforms:
+    jax.config.update("jax_platforms", "cpu")  # the chips that are meant are elsewhere
   if arguments.slices < 1:
     raise UserError(f"--slices={arguments.slices}: use at least 1")
   devices = topology.devices_of(arguments.topology, arguments.slices)

@@ -157,9 +157,12 @@ def run_from_gin(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
   configure(gin_files, bindings, unneeded=("RUN_DIR", "DATA", "INITIAL_CHECKPOINT"))
 
   def value(name, default=None):
-    with _gin_errors(), contextlib.suppress(ValueError):
-      return copy.deepcopy(gin.query_parameter(name))  # gin calls what it refers to
-    return default
+    try:
+      bound = gin.query_parameter(name)
+    except ValueError:  # nothing is bound to it
+      return default
+    with _gin_errors(kinds=()):
+      return copy.deepcopy(bound)  # gin calls what it refers to
 
   macro = lambda name: value(f"{name}/gin.macro.value")
   return {

@@ -170,6 +170,8 @@ class TaskExamples:
       raise UserError(f"task {name!r} has no split {split!r}; use one of: {splits}")
     if vocabulary is None:
       vocabulary = self._task.output_features["targets"].vocabulary
+    elif use_cached:
+      raise UserError(f"task {name!r}: what is cached has its own vocabulary: leave use_cached out")
     else:
       self._task = _in_tokens_of(vocabulary, self._task)
     self.vocabulary = vocabulary

@@ -65,7 +65,7 @@ def collectives(text: str) -> list[Collective]:
       if kind == "all-reduce" and name.startswith("%all-reduce-scatter"):  # TPU's way to write one
         kind = "reduce-scatter"
       channel = re.search(r"channel_id=(\d+)", line)
-      key = (channel[1] if channel else (name, line), kind)
+      key = (channel[1] if channel else (name, line), kind, loops[name])
       found[key] = (kind, loops[name], _bytes(match[1], is_start="-start(" in line))
   counts, sizes = collections.Counter(), collections.Counter()
   for kind, around, size in found.values():

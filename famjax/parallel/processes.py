@@ -8,6 +8,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from famjax.errors import UserError
+
 
 def connect() -> None:
   """Finds the other processes, before anything touches a device.
@@ -16,9 +18,15 @@ def connect() -> None:
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
   """
   number = lambda name: int(os.environ[name]) if name in os.environ else None
-  jax.distributed.initialize(
-      num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
-  )
+  try:
+    jax.distributed.initialize(
+        num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+    )
+  except ValueError as e:
+    raise UserError(
+        f"--distributed: {str(e).splitlines()[0]} Where JAX does not know who the others are, set"
+        " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ) from e
 
 
 def is_first() -> bool:

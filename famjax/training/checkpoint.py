@@ -165,7 +165,7 @@ class Checkpoints:
         # A cut file raises anything.
         skipped[path] = f"checkpoint {path} is not whole ({reason(error)})"
         continue
-      for broken in skipped:
+      for broken in skipped if processes.is_first() else ():
         broken.rename(_free_name(broken))
       self._newest = step
       state = TrainState(params=loaded["params"], frozen=frozen, **loaded["training"])

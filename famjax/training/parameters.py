@@ -40,8 +40,10 @@ def _sums(x: jax.Array) -> jax.Array:
     place, stride = place + iota * np.uint32(stride % 2**32), stride * x.shape[axis]
 
   def weighed(odd):
-    weight = (place * np.uint32(odd)) ^ (place >> 15)
-    return ((bits.astype(jnp.uint32) ^ weight) * (2 * weight + 1)).sum(dtype=jnp.uint32)
+    x = bits.astype(jnp.uint32) ^ (place * np.uint32(odd))  # scrambled as MurmurHash3 ends
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)).sum(dtype=jnp.uint32)
 
   return jnp.stack([weighed(2654435761), weighed(2246822519)])
 

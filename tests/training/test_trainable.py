@@ -163,3 +163,10 @@ def test_factors_are_not_put_on_another_base(base, tmp_path):
   ):
     with pytest.raises(UserError, match="base/0 holds other parameters .* put the right ones back"):
       again()
+
+
+def test_a_fingerprint_sees_signs_and_places():
+  x = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+  swapped = x[::-1].copy()
+  found = {parameters.fingerprint({"x": value}) for value in (x, -x, swapped, x.reshape(4, 3))}
+  assert len(found) == 4 and parameters.fingerprint({"x": x}) in found
