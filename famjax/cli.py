@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     return arguments.run(arguments)
   except UserError as e:
     return _fail(e, 2)
-  except OSError as e:  # a place where nothing can be written, a full disk
+  except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
     return _fail(e, 2)
+  except OSError as e:  # a full disk, a bucket that is out of reach: it may go better later
+    return _fail(e, 74)
   except DivergedError as e:
     return _fail(e, 1)
   except TerminatedError as e:

@@ -27,7 +27,8 @@ from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
 from famjax.training import distillation, trainable
 from famjax.training.config import TrainConfig
-from famjax.training.flops import flops_per_token
+from famjax.training.flops import flops_per_token, products
+from famjax.training.loop import check_step
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_train_step
 from famjax.training.train_state import abstract, axes_of, init_train_state, param_axes
@@ -68,7 +69,7 @@ def compile_command(arguments: argparse.Namespace) -> int:
   devices = topology.devices_of(arguments.topology, arguments.slices)
   run = Run(**configuration.run_from_gin(arguments.gin_file, arguments.gin))
   if None in (run.model, run.batch_size, run.length):
-    raise UserError("the gin files describe no run: begin with one of gin/runs/, which has BATCH_SIZE")
+    raise UserError("the gin files describe no run: begin with one of gin/runs/, which has a reader")
   found = {"topology": arguments.topology, "slices": arguments.slices, "step": arguments.step}
   found |= compiled(run, arguments.step, devices)
   if arguments.out:
@@ -88,23 +89,29 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
   Raises:
     UserError: something does not come out on the mesh.
   """
-  for part in (run.model, run.optimizer, run.config, run.rules):
-    part.validate()
+  if step == "train":
+    check_step(*run)
+  else:
+    for part in (run.model, run.mesh, run.rules):
+      part.validate()
   placement = Placement(make_mesh(run.mesh, devices), run.rules)
-  run.config.check_batch_size(run.batch_size, placement.row_parts)
+  config = run.config if step == "train" else TrainConfig(train_steps=1)  # no microbatches
+  config.check_batch_size(run.batch_size, placement.row_parts)
   begun = time.perf_counter()
-  lowered, tokens = {"train": _train, "prefill": _prefill, "decode": _decode}[step](run, placement)
+  make = {"train": _train, "prefill": _prefill, "decode": _decode}[step]
+  with axes.placed_by(placement):
+    trace, length, formula = make(run, placement)
+    lowered = trace.lower()
   traced = time.perf_counter()
-  memory = topology.hbm_bytes(devices[0])
   found = {
       "device": devices[0].device_kind,
       "devices": len(devices),
       "mesh": dict(placement.mesh.shape),
       "model": dataclasses.asdict(run.model),
       "batch_size": run.batch_size,
-      "length": run.length,
-      "accumulate": run.config.accumulate,
-      "memory_bytes": memory,
+      "length": length,
+      "accumulate": config.accumulate,
+      "memory_bytes": topology.hbm_bytes(devices[0]),
   }
   program, why, largest = _compile(lowered)
   found |= {"fits": program is not None, "why": why, "largest_buffers": largest}
@@ -116,20 +123,19 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
       for name in ("argument", "temp", "output", "alias")
   }
   used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
-  frozen = step == "train" and bool(run.model.lora_rank)
-  formula = flops_per_token(run.model, run.length, run.config.follow_rows, frozen)
-  seconds = cost.get("optimal_seconds")
+  text = program.as_text()
   return found | {
       "bytes_per_chip": parts | {"used": used},
       "flops_per_chip": {
-          "formula": formula.total * tokens / len(devices) / (1 if step == "train" else 3),
+          "formula": formula * run.batch_size * length / len(devices),
+          "products of the program": products(trace.jaxpr.jaxpr) / len(devices),
           "compiler, loops once": cost.get("flops"),
       },
       "bytes_moved_per_chip, loops once": cost.get("bytes accessed"),
-      "compiler_seconds, loops once": seconds if seconds and seconds > 0 else None,
+      "estimated_cycles_per_chip": hlo.estimated_cycles(text),
       "collectives": [
           c._asdict() | {"times": c.times, "total_bytes": c.total_bytes}
-          for c in hlo.collectives(program.as_text())
+          for c in hlo.collectives(text)
       ],
       "seconds_to_trace": round(traced - begun, 1),
       "seconds_to_compile": round(time.perf_counter() - traced, 1),
@@ -137,7 +143,7 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
 
 
 def _train(run: Run, placement: Placement):
-  """The lowered training step, and its tokens."""
+  """The traced training step, tokens of a row, and FLOPs of a token by formula."""
   transformation = make_optimizer(run.optimizer, run.config.train_steps)
   schedule = make_schedule(run.optimizer, run.config.train_steps)
   graphdef, params = abstract(run.model)
@@ -162,33 +168,39 @@ def _train(run: Run, placement: Placement):
       "tokens": row(jnp.int32, S), "targets": row(jnp.int32, S), "weights": row(jnp.float32, S),
       "start_of_sequence": row(bool), "lengths": row(jnp.int32),
   }  # fmt: skip
-  return step.lower(state, batch), B * S
+  flops = flops_per_token(
+      run.model, S, run.config.follow_rows, frozen=chosen != "full", teacher=teacher
+  )
+  return step.trace(state, batch), S, flops.total
 
 
 def _prefill(run: Run, placement: Placement):
-  """The lowered reading of one chunk of blocks after what the rows remember, and its tokens."""
+  """As `_train`, the reading of one chunk of blocks after what the rows remember."""
   graphdef, params, reading = _inference(run, placement)
   S = engine.CHUNK_BLOCKS * run.model.memory.block_size
   tokens = _shape(placement, ("batch",), jnp.int32, run.batch_size, S)
   counts = _shape(placement, ("batch",), jnp.int32, run.batch_size)
-  with axes.placed_by(placement):
-    lowered = engine._read.lower(  # pylint: disable=protected-access
-        graphdef, params, tokens, counts, reading, within=False
-    )
-  return lowered, run.batch_size * S
+  trace = engine._read.trace(  # pylint: disable=protected-access
+      graphdef, params, tokens, counts, reading, within=False
+  )
+  return trace, S, _forward(run.model, S)
 
 
 def _decode(run: Run, placement: Placement):
-  """The lowered writing of `engine.STEPS` tokens, and how many they are."""
+  """As `_train`, the writing of `engine.STEPS` tokens."""
   graphdef, params, reading = _inference(run, placement)
   B, V = run.batch_size, run.model.vocab_size
   row = lambda dtype, *shape: _shape(placement, ("batch",), dtype, B, *shape)
   samplers = jax.tree.map(lambda x: row(x.dtype), sampling.stack([sampling.Sampling()]))
-  with axes.placed_by(placement):
-    lowered = engine._write.lower(  # pylint: disable=protected-access
-        graphdef, params, reading, row(bool, V), samplers, row(jnp.int32), row(bool, V)
-    )
-  return lowered, B * engine.STEPS
+  trace = engine._write.trace(  # pylint: disable=protected-access
+      graphdef, params, reading, row(bool, V), samplers, row(jnp.int32), row(bool, V)
+  )
+  return trace, engine.STEPS, _forward(run.model, run.model.memory.block_size)
+
+
+def _forward(model: ModelConfig, length: int) -> float:
+  """FLOPs of a token by formula, forward alone, in rows that have been read for long."""
+  return flops_per_token(model, length, followed=True).total / 3
 
 
 def _inference(run: Run, placement: Placement):
@@ -232,13 +244,14 @@ def table(found: dict[str, Any]) -> str:
   """`compiled`'s findings for people."""
   model = found["model"]
   mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
-  memory = found["memory_bytes"]
+  memory, slices = found["memory_bytes"], found["slices"]
+  where = f"{slices} slices of {found['topology']}" if slices > 1 else found["topology"]
   rows = [
       ("step", f"{found['step']}, {found['batch_size']} rows of {found['length']:,} tokens,"
        f" {found['accumulate']} microbatches"),
       ("model", f"{model['num_layers']} layers, width {model['model_dim']},"
        f" {model['memory']['kind']}"),
-      ("chips", f"{found['devices']} x {found['device']} ({found['topology']}), mesh {mesh}"),
+      ("chips", f"{found['devices']} x {found['device']} ({where}), mesh {mesh}"),
       ("memory of a chip", _size(memory)),
   ]  # fmt: skip
   largest = [
@@ -255,19 +268,22 @@ def table(found: dict[str, Any]) -> str:
       ("  in all", _size(parts["used"])),
   ]
   flops = found["flops_per_chip"]
-  rows.append(("FLOPs of a chip, by formula", f"{flops['formula']:.3g}"))
-  for name, value in (
-      ("FLOPs, compiler", flops["compiler, loops once"]),
-      ("bytes moved, compiler", found["bytes_moved_per_chip, loops once"]),
-      ("seconds, compiler's estimate", found["compiler_seconds, loops once"]),
+  rows += [
+      ("FLOPs of a chip, by formula", f"{flops['formula']:.3g}"),
+      ("  products of the program", f"{flops['products of the program']:.3g}"),
+  ]
+  once, cycles = ", the body of a loop counted once", ", collectives left out"
+  for name, value, how in (
+      ("  compiler", flops["compiler, loops once"], once),
+      ("bytes moved, compiler", found["bytes_moved_per_chip, loops once"], once),
+      ("cycles, compiler's estimate", found["estimated_cycles_per_chip"], cycles),
   ):
-    said = "it says none" if value is None else f"{value:.3g}, the body of a loop counted once"
-    rows.append((name, said))
+    rows.append((name, "it says none" if value is None else f"{value:.3g}{how}"))
   for one in found["collectives"]:
     loops = " x ".join(map(str, one["loops"]))
     where = f"in loops of {loops}" if loops else "in no loop"
     size = _size(one["total_bytes"])
-    rows.append((one["kind"], f"{one['times']} times ({one['count']} {where}), {size}"))
+    rows.append((one["kind"], f"{one['times']} times ({one['count']} {where}), {size} of results"))
   seconds = found["seconds_to_trace"], found["seconds_to_compile"]
   rows.append(("traced and compiled in", "{} s and {} s".format(*seconds)))
   return _lines(rows)

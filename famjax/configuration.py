@@ -164,15 +164,18 @@ def run_from_gin(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
     with _gin_errors(kinds=()):
       return copy.deepcopy(bound)  # gin calls what it refers to
 
-  macro = lambda name: value(f"{name}/gin.macro.value")
+  try:
+    reader = gin.query_parameter("train.train_reader").selector  # its data need not be here
+  except (ValueError, AttributeError):
+    reader = "no reader"
   return {
       "model": value("train.model"),
       "optimizer": value("train.optimizer", OptimizerConfig()),
       "config": value("train.config", TrainConfig()),
       "mesh": value("train.mesh", MeshConfig()),
       "rules": value("train.rules", AxisRules()),
-      "batch_size": macro("BATCH_SIZE"),
-      "length": macro("LENGTH"),
+      "batch_size": value(f"{reader}.batch_size"),
+      "length": value(f"{reader}.length"),
   }
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from famjax import cli, configuration
 from famjax.errors import DivergedError, TerminatedError
-from famjax.training.checkpoint import list_steps, load_params
+from famjax.training.checkpoint import load_params
+from famjax.training.storage import list_steps
 
 SMALL = [
     "train", "--gin_file=gin/runs/long_text.gin", "--gin_file=gin/models/tiny.gin",
@@ -168,7 +169,7 @@ def test_a_vocabulary_that_does_not_match_a_checkpoint(tmp_path, corpus, capsys)
         (DivergedError("loss is nan at step 7"), 1, "step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (TerminatedError("SIGTERM: it goes on from there"), 143, "goes on from there"),
-        (OSError(28, "No space left on device", "/full"), 2, "No space left on device: '/full'"),
+        (OSError(28, "No space left on device", "/full"), 74, "No space left on device: '/full'"),
         (RuntimeError("a peer is gone"), 70, "Traceback"),
     ],
 )

@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
-from famjax.training.checkpoint import list_steps, load_items, quiet, reason
-from famjax.training.checkpoint import with_empty, without_empty
+from famjax.training.storage import list_steps, load_items, quiet, reason
+from famjax.training.storage import with_empty, without_empty
 
 FORMAT = 2  # raised when a State changes its meaning
 

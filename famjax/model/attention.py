@@ -5,6 +5,7 @@ Each kind is a `KeySet`. Scores are made set by set and joined before the softma
 never copied next to one another, and a mask stands only where a set needs one.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,7 @@ def attend(
   # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
   # copies the keys on a CPU, five times the work of a decoding step.
   queries = queries.reshape(B, T, K, G * n, d)
-  scores = []
+  scores = []  # float32 [B, t, K, G, n, m]
   for keys, _, mask in key_sets:
     t = keys.shape[1]
     score = jnp.einsum(
@@ -54,18 +55,21 @@ def attend(
     ).reshape(B, t, K, G, n, -1)
     if cap is not None:
       score = cap * jnp.tanh(score / cap)
-    if mask is not None:
-      score = jnp.where(mask, score, _MASKED)
-    scores.append(_pad_blocks(score, T, _MASKED))
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-  out, start = 0, 0
-  for keys, values, _ in key_sets:
-    t, m = keys.shape[1], keys.shape[3]
-    part = weights[:, T - t :, ..., start : start + m].astype(values.dtype)  # [B, t, K, G, n, m]
-    part = part.reshape(B, t, K, G * n, m)
-    out += _pad_blocks(jnp.einsum("BTKgm,BTKmd->BTKgd", part, values), T, 0)
-    start += m
-  return out.reshape(B, T, H, n, d)
+    scores.append(score if mask is None else jnp.where(mask, score, _MASKED))
+  top = [_pad_blocks(score.max(axis=-1), T, _MASKED) for score in scores]
+  top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))  # [B, T, K, G, n]
+  out = total = 0
+  for score, (keys, values, _) in zip(scores, key_sets):
+    t = keys.shape[1]
+    weight = jnp.exp(score - top[:, T - t :, ..., None])
+    total += _pad_blocks(weight.sum(axis=-1), T, 0)
+    part = jnp.einsum(
+        "BTKgm,BTKmd->BTKgd", weight.astype(values.dtype).reshape(B, t, K, G * n, -1), values,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    out += _pad_blocks(part, T, 0)
+  out = out / total.reshape(B, T, K, G * n, 1)
+  return out.astype(values.dtype).reshape(B, T, H, n, d)
 
 
 def _pad_blocks(x: jax.Array, T: int, value: float) -> jax.Array:

@@ -74,8 +74,8 @@ def update(
   Args:
     layer: the layer whose FAM it is; its own weights are used.
     fam: `[B, F, D]`, Fp.
-    block_keys: `[B, K, N, d]`, Kx, rotated; the block is full.
-    block_values: `[B, K, N, d]`, Vx.
+    block_keys: `[B, 1, K, N, d]`, Kx, rotated; the block is full.
+    block_values: `[B, 1, K, N, d]`, Vx.
     write: turns `[B, F, d/2]` at the positions of the FAM that is being written (Qf).
     read: turns `[B, F, d/2]` at the positions of `fam` itself (Kf).
     first: bool `[B]`, this is the first update: the initial FAM carries no context yet, and a zero
@@ -87,7 +87,7 @@ def update(
   queries, keys, values = layer.project(fam, write, read)
   attended = attend(
       queries[:, None],
-      [KeySet(keys[:, None], values[:, None]), KeySet(block_keys[:, None], block_values[:, None])],
+      [KeySet(keys[:, None], values[:, None]), KeySet(block_keys, block_values)],
       layer.cap,
   )[:, 0]
   residual = jnp.where(first[:, None, None], 0, fam)
@@ -126,10 +126,12 @@ def feedback(
     return new, (fam_keys, fam_values)
 
   T = block_keys.shape[1]
-  blocks = jax.tree.map(
-      lambda x: jnp.moveaxis(x, 1, 0), (block_keys, block_values, write, read, full)
-  )
-  fam, read_back = jax.lax.scan(step, fam, (jnp.arange(T), *blocks))
+  # The axis of the blocks stays, with one of them: what the backward pass keeps of a block's keys
+  # is then a slice of those that there are. Without it they would be copied.
+  per_block = lambda x: jnp.moveaxis(x, 1, 0)
+  keys, values = (per_block(x)[:, :, None] for x in (block_keys, block_values))
+  blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full))
+  fam, read_back = jax.lax.scan(step, fam, blocks)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
 
 

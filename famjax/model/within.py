@@ -87,11 +87,12 @@ def _append(recent, new, layout):
 
 
 def _own_block(ring, recent, layout):
-  """`[B, K, N, d]`: the block that rows are in, from a layer's ring and what is not yet in it."""
+  """`[B, 1, K, N, d]`: the block that rows are in, from a layer's ring and what is not yet in it."""
   row, (R, N) = jnp.arange(ring.shape[0]), ring.shape[2:4]
   place = jnp.arange(N) - (layout.slot - layout.recent)[:, None]  # [B, N], among the recent
   late = jnp.take_along_axis(recent, place.clip(0, recent.shape[2] - 1)[:, None, :, None], axis=2)
-  return jnp.where((place >= 0)[:, None, :, None], late, ring[row, :, layout.block % R])
+  own = jnp.where((place >= 0)[:, None, :, None], late, ring[row, :, layout.block % R])
+  return own[:, None]
 
 
 def _as_block(ring):

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices, read from its text.
+"""What a compiled program does and sends between devices, read from its text.
 
-A collective in the body of a loop counts as often as the loop turns. XLA's text gives a loop's end
+What stands in the body of a loop counts as often as the loop turns. XLA's text gives a loop's end
 as a constant of its condition, and its own cost analysis counts the body of a loop once.
 """
 
@@ -10,7 +10,10 @@ import re
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+    "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
 _HEAD = re.compile(r"^(ENTRY )?(%[\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _WHILE = re.compile(r"\bwhile\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
@@ -18,6 +21,7 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
 )
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
@@ -66,12 +70,30 @@ def collectives(text: str) -> list[Collective]:
         kind = "reduce-scatter"
       channel = re.search(r"channel_id=(\d+)", line)
       key = (channel[1] if channel else (name, line), kind, loops[name])
-      found[key] = (kind, loops[name], _bytes(match[1], is_start="-start(" in line))
+      found[key] = (kind, loops[name], _bytes(match[1], kind if "-start(" in line else None))
   counts, sizes = collections.Counter(), collections.Counter()
   for kind, around, size in found.values():
     counts[kind, around] += 1
     sizes[kind, around] += size
   return [Collective(*key, count, sizes[key]) for key, count in sorted(counts.items())]
+
+
+def estimated_cycles(text: str) -> int | None:
+  """Cycles of one chip's core by the TPU compiler's estimate; None: it has made none.
+
+  What chips send one another has no estimate.
+
+  Args:
+    text: as above.
+  """
+  bodies, entry = _computations(text)
+  loops = _loops_around(bodies, entry)
+  return sum(
+      int(cycles) * math.prod(around)
+      for name, around in loops.items()
+      for line in bodies[name]
+      for cycles in _CYCLES.findall(line)
+  ) or None
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -110,11 +132,17 @@ def _turns(condition: list[str]) -> int:
   return max(constants, default=1)
 
 
-def _bytes(shapes: str, is_start: bool) -> int:
-  """Bytes of a result; that of an asynchronous start holds its operands as well, before it."""
+def _bytes(shapes: str, started: str | None) -> int:
+  """Bytes of a result.
+
+  Args:
+    shapes: of the result; for an asynchronous start of most kinds, of its operands, as many results
+      and scalars that the two ends need.
+    started: the kind of collective that is started; None: the result is all.
+  """
   sizes = [
       math.prod(map(int, filter(None, dims.split(",")))) * _BYTES[dtype]
       for dtype, dims in _SHAPE.findall(shapes)
-      if dtype in _BYTES
+      if dtype in _BYTES and (dims or not started)
   ]
-  return max(sizes, default=0) if is_start else sum(sizes)
+  return sum(sizes[len(sizes) // 2 :] if started not in (None, "all-reduce") else sizes)

@@ -34,6 +34,22 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def of_first(numbers: list[int]) -> list[int]:
+  """What the first process has, in all of them: they may look at a directory at different times."""
+  if jax.process_count() == 1:
+    return numbers
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+  numbers = np.resize(np.array(numbers or [0], np.int32), count)
+  return [int(n) for n in multihost_utils.broadcast_one_to_all(numbers)]
+
+
+def any_of_us(said: bool) -> bool:
+  """Whether it is true in one of the processes at least. None goes on before all have answered."""
+  if jax.process_count() == 1:
+    return said
+  return bool(multihost_utils.process_allgather(np.array(said)).any())
+
+
 def own_rows(reader, rows: tuple[int, ...]):
   """The reader, giving these rows of the batch alone."""
   if tuple(reader.rows) == tuple(rows):

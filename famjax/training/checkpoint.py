@@ -17,14 +17,10 @@ step is taken instead.
 
 import contextlib
 import dataclasses
-import itertools
-import logging
 import pathlib
 from typing import Any, NamedTuple
-import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -36,6 +32,8 @@ from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel import processes
 from famjax.parallel.placement import Placement
 from famjax.training import parameters, run_directory
+from famjax.training.storage import list_steps, load_items, newest_whole, quiet, reason
+from famjax.training.storage import set_aside, with_empty, without_empty
 from famjax.training.train_state import Params, TrainState, abstract, param_axes
 from famjax.training.trainable import join, part
 
@@ -147,36 +145,33 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, but none is whole; or one is of another model.
     """
-    skipped = {}
-    for step in reversed(list_steps(self.directory)):
+
+    def read(step):
       path = self.directory / str(step)
-      try:
-        saved = read_about(path)
-        _check_run(path, saved, about)
-        loaded = load_items(path, {
-            "params": template.params,
-            "training": _rest(template),
-            "reader": {"position": np.asarray(position)},
-        })  # fmt: skip
-        frozen = _load_base(self.directory.parent, template.frozen, saved.base)
-      except UserError:
-        raise
-      except Exception as error:  # pylint: disable=broad-exception-caught
-        # A cut file raises anything.
-        skipped[path] = f"checkpoint {path} is not whole ({reason(error)})"
-        continue
-      for broken in skipped if processes.is_first() else ():
-        broken.rename(_free_name(broken))
-      self._newest = step
-      state = TrainState(params=loaded["params"], frozen=frozen, **loaded["training"])
-      state = with_empty(template, state)
-      return Restored(state, loaded["reader"]["position"], list(skipped.values()))
-    if skipped:
+      saved = read_about(path)
+      _check_run(path, saved, about)
+      loaded = load_items(path, {
+          "params": template.params,
+          "training": _rest(template),
+          "reader": {"position": np.asarray(position)},
+      })  # fmt: skip
+      return loaded, _load_base(self.directory.parent, template.frozen, saved.base)
+
+    step, found, broken = newest_whole(list_steps(self.directory), read)
+    said = [f"checkpoint {self.directory / str(step)} is not whole ({why})" for step, why in broken]
+    if found is None and broken:
       raise UserError(
-          f"{next(iter(skipped.values()))} and no older one is either: delete {self.directory} to"
-          " start anew"
+          f"{said[0]} and no older one is either: delete {self.directory} to start anew"
       )
-    return None
+    for other, _ in broken if processes.is_first() else ():
+      set_aside(self.directory / str(other))
+    processes.any_of_us(False)  # nobody writes such a step anew before it is out of the way
+    if found is None:
+      return None
+    self._newest = step
+    loaded, frozen = found
+    state = TrainState(params=loaded["params"], frozen=frozen, **loaded["training"])
+    return Restored(with_empty(template, state), loaded["reader"]["position"], said)
 
 
 def save_params(directory: pathlib.Path, params: Params, about: About) -> None:
@@ -265,13 +260,6 @@ def _check_run(path: pathlib.Path, saved: About, wanted: About) -> None:
   check_vocabulary(path, saved.vocabulary, wanted.vocabulary)
 
 
-def list_steps(directory: pathlib.Path) -> list[int]:
-  """Steps that have a checkpoint, whole or not, in rising order."""
-  if not directory.is_dir():
-    return []
-  return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
-
-
 def read_about(path: pathlib.Path) -> About:
   """Reads what one step's directory says about itself; raises if it is not a whole checkpoint."""
   if not (path / _MARKER).is_file():
@@ -308,17 +296,17 @@ def read_model(path: str | pathlib.Path) -> ModelConfig:
   if hf.is_hf(path):
     return hf.read_config(path)
   directory, steps = _steps_at(path)
-  for step in steps:
+  for step in reversed(steps):
     with contextlib.suppress(OSError, ValueError, KeyError):  # not whole
       return read_about(directory / str(step)).model
   raise UserError(f"no famjax checkpoint can be read at {path}: name a run's directory")
 
 
 def _steps_at(path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
-  """The directory of the checkpoints that a path means, and which, the newest first."""
+  """The directory of the checkpoints that a path means, and which there are, in rising order."""
   hf.refuse_t5x(path)
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = list_steps(directory)[::-1]
+  steps = list_steps(directory)
   return (path.parent, [int(path.name)]) if not steps and path.name.isdigit() else (directory, steps)
 
 
@@ -344,8 +332,8 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
   Args:
     path: a run's directory, its `checkpoints` directory (the newest whole step is taken), one step's
       directory, or a Hugging Face directory (`convert.hf`).
-    placement: where the parameters come to lie, each part read by its own process; None: all of
-      them on one device.
+    placement: where the parameters come to lie. Of ours every process reads the parts that its
+      devices have; a Hugging Face directory all of them read, tensor by tensor. None: on one device.
 
   Raises:
     UserError: there is no whole checkpoint, or another version of famjax wrote it.
@@ -358,22 +346,22 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
     params, model = hf.read(path, where=where)
     return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
   directory, steps = _steps_at(path)
-  reasons = []
-  for step in steps:
-    try:
-      about = read_about(directory / str(step))
-      template = abstract(about.model)[1]
-      if where is not None:
-        template = placement.shapes(template, param_axes(about.model))
-      trained, frozen = part(template, about.trainable)
-      params = load_items(directory / str(step), {"params": trained})["params"]
-      params = join(params, _load_base(directory.parent, frozen, about.base))
-      return Loaded(params, about.model, about.vocabulary, step)
-    except UserError:
-      raise
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      reasons.append(f"step {step} is not whole ({reason(error)})")
-  why = "; ".join(reasons) or "no such directory, or no checkpoint in it"
+
+  def read(step):
+    about = read_about(directory / str(step))
+    template = abstract(about.model)[1]
+    if where is not None:
+      template = placement.shapes(template, param_axes(about.model))
+    trained, frozen = part(template, about.trainable)
+    params = load_items(directory / str(step), {"params": trained})["params"]
+    params = join(params, _load_base(directory.parent, frozen, about.base))
+    return Loaded(params, about.model, about.vocabulary, step)
+
+  _, loaded, broken = newest_whole(steps, read)
+  if loaded is not None:
+    return loaded
+  reasons = "; ".join(f"step {step} is not whole ({why})" for step, why in broken)
+  why = reasons or "no such directory, or no checkpoint in it"
   raise UserError(f"no famjax checkpoint can be read at {path}: {why}; name a run's directory")
 
 
@@ -396,55 +384,3 @@ def check_vocabulary(path, saved: str, wanted: str) -> None:
         f"checkpoint {path} was trained with the vocabulary {saved!r}, not {wanted!r}: its tokens"
         f" mean other text; use {saved!r} or another checkpoint"
     )
-
-
-def _free_name(broken: pathlib.Path) -> pathlib.Path:
-  """Where a step that is not whole goes."""
-  names = itertools.chain([".unreadable"], (f".unreadable-{n}" for n in itertools.count(2)))
-  paths = (broken.with_name(broken.name + name) for name in names)
-  return next(path for path in paths if not path.exists())
-
-
-def load_items(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
-  """Reads checkpointables of one step, shaped and placed like `items`."""
-
-  def shape_of(x):
-    if isinstance(x, np.ndarray):
-      return x
-    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  with quiet(), ocp.training.Checkpointer(path.parent) as checkpointer:
-    return checkpointer.load_checkpointables(int(path.name), jax.tree.map(shape_of, items))
-
-
-def without_empty(tree):
-  """Orbax takes no array of size 0, which a FAM of length 0 is: None in its place."""
-  return jax.tree.map(lambda x: x if x.size else None, tree)
-
-
-def with_empty(template, tree):
-  """The inverse of `without_empty`, by a template."""
-  return jax.tree.map(lambda t, x: x if t.size else jnp.zeros(t.shape, t.dtype), template, tree)
-
-
-def reason(error: BaseException) -> str:
-  """The first line of what began a chain of exceptions."""
-  while error.__cause__ or error.__context__:
-    error = error.__cause__ or error.__context__
-  lines = str(error).strip().splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0][:120]}"
-
-
-@contextlib.contextmanager
-def quiet():
-  """Keeps Orbax from logging what is raised, and turned into one line, anyway."""
-  # A load that fails leaves the rest of its reads unstarted, and Python says so at some later time.
-  warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler", RuntimeWarning)
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
-  try:
-    yield
-  finally:
-    logger.setLevel(level)

@@ -21,8 +21,10 @@ Utilisation (MFU) is FLOPs per token times tokens per second over the peak of th
 bfloat16 whatever the compute dtype. A CPU has no such published number: there it is None.
 """
 
+import math
 from typing import NamedTuple
 
+from jax.extend import core
 import numpy as np
 
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -108,6 +110,27 @@ def flops_per_token(
   return FlopsPerToken(
       own.matrices + forward.matrices / 3, own.attention + forward.attention / 3, own.fam
   )
+
+
+def products(jaxpr: core.Jaxpr) -> float:
+  """FLOPs of all matrix products of a traced program, those that it makes again included.
+
+  A loop whose end depends on data counts once, and of branches the largest counts.
+
+  Args:
+    jaxpr: of the program, `jax.jit(f).trace(...).jaxpr.jaxpr`.
+  """
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      size = math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+      total += 2.0 * size
+    inner = [products(part) for part in core.jaxprs_in_params(eqn.params)]
+    turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    total += turns * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
+  return total
 
 
 def utilisation(

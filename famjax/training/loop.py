@@ -32,7 +32,8 @@ from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_eval_step, make_train_step
-from famjax.training.train_state import TrainState, abstract, axes_of, init_train_state, split
+from famjax.training.train_state import TrainState, abstract, axes_of, init_train_state
+from famjax.training.train_state import param_axes, split
 
 
 class TrainResult(NamedTuple):
@@ -139,8 +140,14 @@ def train(
     )
     if teacher is not None:
       notes += distillation.notes(config.init_checkpoint, original, length)
-    state, position = put(begin(params), shardings), train_reader.start()
-    del params  # some may be copies of other arrays than the state's
+    params = put(params, placement.shardings(params, param_axes(model)))
+    none = {"params": {}, "frozen": {}}
+    state = jax.jit(
+        lambda params: begin(params).replace(**none), out_shardings=shardings.replace(**none)
+    )(params)  # all but the parameters, which are there
+    trained, frozen = trainable.part(params, chosen)
+    state, position = state.replace(params=trained, frozen=frozen), train_reader.start()
+    del params, trained, frozen  # the step takes over the state's memory
   else:
     state, position = fresh(), train_reader.start()
     notes = [f"starting from random parameters, seed {config.seed}"]
@@ -261,15 +268,9 @@ def check(
   Raises:
     UserError: it could not.
   """
-  for part in (model, optimizer, config, mesh, rules):
-    part.validate()
-  config.check_batch_size(train_reader.batch_size)
-  distillation.check(config, trainable.choose(config.trainable, model))
-  if model.memory.context is not None and config.follow_rows:
-    raise UserError(
-        "follow_rows is set, and full attention has room for so many tokens alone: leave it out, or"
-        " give the model a memory, gin/memory/fam.gin"
-    )
+  check_step(
+      model, optimizer, config, mesh, rules, train_reader.batch_size, train_reader.length
+  )
   for reader in filter(None, (train_reader, eval_reader)):
     _check_reader(reader, model, config)
   if config.eval_every and eval_reader is None:
@@ -279,6 +280,28 @@ def check(
   )
   run_directory.check(run_directory.place(run_dir), description)
   return description
+
+
+def check_step(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    config: TrainConfig,
+    mesh: MeshConfig,
+    rules: AxisRules,
+    batch_size: int,
+    length: int,
+) -> None:
+  """Raises UserError if no step of B rows of S tokens can be made of these."""
+  for part in (model, optimizer, config, mesh, rules):
+    part.validate()
+  config.check_batch_size(batch_size)
+  distillation.check(config, trainable.choose(config.trainable, model))
+  if model.memory.context is not None and config.follow_rows:
+    raise UserError(
+        "follow_rows is set, and full attention has room for so many tokens alone: leave it out, or"
+        " give the model a memory, gin/memory/fam.gin"
+    )
+  _check_length(length, model)
 
 
 def run_evaluation(
@@ -293,11 +316,12 @@ def run_evaluation(
 
   Without a token that has a loss weight they are None.
   """
-  B = reader.batch_size
-  carry = empty_state(model, B) if config.follow_rows else None
-  if carry is not None:
-    carry = put(carry, placement.shardings(carry, state_axes(carry)))
-  total = None
+  B, carry, total = reader.batch_size, None, None
+  if config.follow_rows:
+    empty = lambda: empty_state(model, B)
+    shapes = jax.eval_shape(empty)
+    where = placement.shardings(shapes, state_axes(shapes))
+    carry = jax.jit(empty, out_shardings=where)()  # no device holds more of it than its part
   with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):
       sums, carry = eval_step(params, carry, placement.batch(batch, reader.rows, B))
@@ -312,15 +336,21 @@ def run_evaluation(
   }
 
 
+def _check_length(length: int, model: ModelConfig) -> None:
+  """Raises UserError if rows of so many tokens do not fit the model."""
+  block_size = model.memory.block_size
+  if length % block_size:
+    raise UserError(
+        f"the length of a batch, {length} tokens, is not a multiple of block_size {block_size}:"
+        " change one of them"
+    )
+  model.memory.check_context(length)
+
+
 def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> None:
   """Raises UserError if a reader's batches do not fit the model."""
-  block_size, size = model.memory.block_size, reader.vocabulary.vocab_size
-  if reader.length % block_size:
-    raise UserError(
-        f"the length of a batch, {reader.length} tokens, is not a multiple of block_size"
-        f" {block_size}: change one of them"
-    )
-  model.memory.check_context(reader.length)
+  size = reader.vocabulary.vocab_size
+  _check_length(reader.length, model)
   if tuple(reader.rows) != tuple(range(reader.batch_size)):
     raise UserError(
         f"a reader gives rows {reader.rows} of {reader.batch_size}: one process reads them all;"

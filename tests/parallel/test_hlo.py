@@ -29,7 +29,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 %layer (p: (s32[], f32[2])) -> (s32[], f32[2]) {
   %f = bf16[32,8] fusion(%x), kind=kCustom, calls=%start
-  %g = bf16[32,8] fusion(%f), kind=kCustom, calls=%end
+  %g = bf16[32,8] fusion(%f), kind=kCustom, calls=%end, backend_config={"estimated_cycles":"100"}
   %s = f32[4,8] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.clone
 }
 
@@ -47,9 +47,16 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %r = f32[8]{0} all-reduce(%p), channel_id=12, to_apply=%add
 }
 
+%fused (p: f32[]) -> f32[] {
+  ROOT %m = f32[8]{0} multiply(%p, %p)
+}
+
 ENTRY %main (p: f32[2]) -> f32[2] {
   %w = (s32[], f32[2]) while(%t), condition=%until_parts, body=%part
-  %a = (bf16[4]{0}, bf16[64]{0}) all-gather-start(%p), channel_id=13, dimensions={0}
+  %a = ((bf16[4]{0}, f32[2]{0}), (bf16[64]{0}, f32[32]{0})) all-gather-start(%p, %q), channel_id=13
+  %s = f32[16]{0} all-reduce-start(%p), channel_id=14, to_apply=%add
+  %m = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=15
+  %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
 }
 """
 
@@ -60,8 +67,15 @@ def test_collectives_count_as_often_as_their_loops_turn():
       ("all-gather", (4, 18)): (1, 512, 72, 512 * 72),
       ("reduce-scatter", (4, 18)): (1, 1024, 72, 1024 * 72),
       ("all-reduce", (4,)): (1, 32, 4, 128),
-      ("all-gather", ()): (1, 128, 1, 128),
+      ("all-gather", ()): (1, 256, 1, 256),
+      ("all-reduce", ()): (1, 64, 1, 64),
+      ("collective-permute", ()): (1, 32, 1, 32),
   }
+
+
+def test_cycles_count_as_often_as_their_loops_turn():
+  assert hlo.estimated_cycles(TEXT) == 7 + 4 * 18 * 100
+  assert hlo.estimated_cycles(TEXT.replace("estimated_cycles", "other")) is None
 
 
 def test_a_program_of_one_device_has_none():

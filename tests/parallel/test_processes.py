@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 
+from famjax.training.storage import list_steps
+
 pytestmark = pytest.mark.slow
 
 STEPS = 60
@@ -81,10 +83,13 @@ def test_killed_stopped_and_started_again(one, tmp_path):
 
   run_dir = tmp_path / "two"
   with processes(run_dir, 2) as [first, second]:
-    wait_for_step(run_dir, 12, first)
+    wait_for_step(run_dir, 17, first)  # two checkpoints at least
     second.kill()
   killed_at = max(steps_done(run_dir))
   assert killed_at < STEPS
+  *_, older, newest = sorted(list_steps(run_dir / "checkpoints"))
+  broken = run_dir / "checkpoints" / str(newest)
+  (broken / "commit_success.txt").unlink(missing_ok=True)  # the kill may have come before it
 
   with processes(run_dir, 2) as [first, second]:
     wait_for_step(run_dir, killed_at + 5, first)
@@ -94,6 +99,9 @@ def test_killed_stopped_and_started_again(one, tmp_path):
   assert killed_at < stopped_at < STEPS
   log = (tmp_path / "two.0.log").read_text()
   assert f"saved {run_dir} after step {stopped_at} of {STEPS}" in log
+  assert f"checkpoint {broken} is not whole" in log
+  assert f"resuming {run_dir} after step {older}" in log  # the first process has said so to both
+  assert broken.with_name(f"{newest}.unreadable").is_dir()
 
   with processes(run_dir, 2) as [first, second]:
     assert first.wait(timeout=400) == 0 and second.wait(timeout=400) == 0

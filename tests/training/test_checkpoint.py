@@ -12,7 +12,8 @@ import pytest
 
 from famjax.errors import UserError
 from famjax.training.adoption import adopt
-from famjax.training.checkpoint import About, Checkpoints, list_steps, load_params
+from famjax.training.checkpoint import About, Checkpoints, load_params
+from famjax.training.storage import list_steps
 from tests.training import toy
 
 # Orbax leaves reads behind when a load fails, and pytest hears of them.

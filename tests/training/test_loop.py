@@ -13,7 +13,8 @@ import pytest
 
 from famjax.errors import DivergedError, UserError
 from famjax.training import loop, run_directory
-from famjax.training.checkpoint import About, Checkpoints, list_steps
+from famjax.training.checkpoint import About, Checkpoints
+from famjax.training.storage import list_steps
 from tests.training import toy
 
 change = dataclasses.replace

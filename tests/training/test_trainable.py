@@ -12,7 +12,8 @@ from famjax.errors import UserError
 from famjax.model import lora
 from famjax.model.decoder import Decoder
 from famjax.training import adoption, loop, parameters, trainable
-from famjax.training.checkpoint import Loaded, list_steps, load_params, save_base
+from famjax.training.checkpoint import Loaded, load_params, save_base
+from famjax.training.storage import list_steps
 from famjax.training.train_state import split
 from tests.training import toy
 
