@@ -68,6 +68,24 @@ def run(
   print(f"report: {arguments.out / 'report.json'}   plot: {picture}")
 
 
+def keep_arguments(out: pathlib.Path, arguments: argparse.Namespace, free: tuple[str, ...]) -> None:
+  """Ends the program if a directory was begun with other arguments, which what is there depends on.
+
+  Args:
+    out: the directory.
+    arguments: of this run.
+    free: names of those that may be others.
+  """
+  file = out / "arguments.json"
+  ours = {name: str(value) for name, value in vars(arguments).items() if name not in free}
+  theirs = json.loads(file.read_text()) if file.exists() else ours
+  for name, value in ours.items():
+    if theirs.get(name) != value:
+      sys.exit(f"{out} was begun with --{name}={theirs.get(name)}, not {value}: name another --out")
+  out.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(ours, indent=2) + "\n")
+
+
 @contextlib.contextmanager
 def two_panels(path: pathlib.Path, shape: Shape, xlabel: str, base: int):
   """Two axes to draw into, logarithmic both ways, which become a PNG afterwards."""

@@ -21,6 +21,8 @@ runs/finetune.
 """
 
 import argparse
+import collections
+from collections.abc import Iterable
 import concurrent.futures
 import json
 import os
@@ -28,6 +30,8 @@ import pathlib
 import statistics
 import subprocess
 import sys
+
+import common
 
 SIZE = {
     "num_layers": 4, "model_dim": 192, "num_heads": 3, "ff_dim": 512, "compute_dtype": "float32",
@@ -67,6 +71,7 @@ def main() -> None:
   if bool(arguments.train) != bool(arguments.valid):
     parser.error("give both --train and --valid, or neither")
   out = arguments.out.absolute()
+  common.keep_arguments(out, arguments, free=("out", "parallel"))
   hub = _base(out, arguments)
   students = {
       f"{memory}, {way}": (way, memory, "lora")
@@ -169,7 +174,7 @@ def _report(out, hub, arguments, students) -> None:
 
   window = famjax.MemoryConfig("bswa", 64, 1)
   original = famjax.MemoryConfig("full", CONTEXT, 0)
-  texts = _texts(load_vocabulary(str(hub)), arguments)
+  books, texts = _texts(load_vocabulary(str(hub)), arguments)
   ask = lambda name, place, memory: _asked(out / f"{_slug(name)}.json", place, memory, texts)
   places = {
       "full attention": ask("full", hub, original),
@@ -184,7 +189,7 @@ def _report(out, hub, arguments, students) -> None:
     if way == "pass keys":
       keys[name] = json.loads((run / report.PASSKEY).read_text())["accuracy"]
   gains = {
-      way: _gain(places[f"FAM, {way}"], places[f"BSWA, {way}"])
+      way: _gain(places[f"FAM, {way}"], places[f"BSWA, {way}"], books)
       for way in WAYS
       if f"FAM, {way}" in places
   }
@@ -216,34 +221,49 @@ def _asked(file: pathlib.Path, place: pathlib.Path, memory, texts) -> list[list[
 
 
 def _texts(vocabulary, arguments):
-  """Excerpts of the texts that were not trained on, each of as many tokens as are asked for."""
+  """Excerpts of the texts that were not trained on, as long as are asked for; and which text's."""
   import numpy as np  # pylint: disable=import-outside-toplevel
 
   from famjax.data import LongText  # pylint: disable=import-outside-toplevel
+  from famjax.data.examples import shuffled  # pylint: disable=import-outside-toplevel
 
   split = "all" if arguments.valid else "validation"
   source = LongText(vocabulary, arguments.valid, split=split, excerpt_tokens=EDGES[-1] + 1)
-  texts = [source.example(0, i, 0)[0] for i in range(4 * arguments.texts)]
-  longest = sorted(texts, key=len, reverse=True)[: arguments.texts]
-  return [np.asarray(text, np.int32) for text in longest]
+  found = [
+      (shuffled(0, i, len(source.files)), np.asarray(source.example(0, i, 0)[0], np.int32))
+      for i in range(4 * arguments.texts)
+  ]
+  longest = sorted(found, key=lambda one: len(one[1]), reverse=True)[: arguments.texts]
+  return zip(*longest)
 
 
-def _accuracy(texts: list[list[dict]], first: int = 0, last: int = EDGES[-1]) -> list[float]:
-  """Of every text the accuracy between two places."""
+def _accuracy(texts: list[list[dict]], first: int = 0, last: int = EDGES[-1]) -> list[float | None]:
+  """Of every text the accuracy between two places; None where it has nothing there."""
   accuracies = []
   for bins in texts:
     inside = [b for b in bins if first <= b["first"] and b["last"] <= last and b["tokens"]]
     right = sum(b["accuracy"] * b["tokens"] for b in inside)
-    accuracies.append(right / sum(b["tokens"] for b in inside))
+    tokens = sum(b["tokens"] for b in inside)
+    accuracies.append(right / tokens if tokens else None)
   return accuracies
 
 
-def _gain(more: list[list[dict]], less: list[list[dict]]) -> tuple[float, float]:
-  """Mean difference in accuracy past the window's reach, and its standard error over texts."""
-  pairs = zip(_accuracy(more, first=512), _accuracy(less, first=512))
-  differences = [a - b for a, b in pairs]
-  error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-  return statistics.mean(differences), error
+def _mean(values: Iterable[float | None]) -> float:
+  return statistics.mean(value for value in values if value is not None)
+
+
+def _gain(more: list[list[dict]], less: list[list[dict]], books) -> tuple[float, float]:
+  """Mean difference in accuracy past the window's reach, and its standard error over books.
+
+  Excerpts of one book are much alike, so that each book counts once.
+  """
+  differences = collections.defaultdict(list)
+  for book, a, b in zip(books, _accuracy(more, first=512), _accuracy(less, first=512)):
+    if a is not None:
+      differences[book].append(a - b)
+  means = [statistics.mean(values) for values in differences.values()]
+  error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+  return statistics.mean(means), error
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -253,7 +273,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _by_place(texts: list[list[dict]]) -> list[float]:
   """The accuracy of every bin, over all texts."""
-  return [statistics.mean(_accuracy(texts, b["first"], b["last"])) for b in texts[0]]
+  return [_mean(_accuracy(texts, b["first"], b["last"])) for b in texts[0]]
 
 
 def _places_table(places) -> str:
@@ -270,10 +290,10 @@ def _gains_table(gains) -> str:
 
 
 def _beginnings_table(beginnings) -> str:
-  before = statistics.mean(_accuracy(beginnings["before"], last=CONTEXT))
+  before = _mean(_accuracy(beginnings["before"], last=CONTEXT))
   rows = []
   for name, texts in beginnings.items():
-    accuracy = statistics.mean(_accuracy(texts, last=CONTEXT))
+    accuracy = _mean(_accuracy(texts, last=CONTEXT))
     rows.append([name, f"{accuracy:.4f}", f"{100 * (accuracy - before):+.2f}"])
   head = [f"as a plain decoder of {CONTEXT} tokens", "next-token accuracy", "points lost or won"]
   return _table(head, rows)

@@ -4,8 +4,8 @@
     python benchmarks/tpu_compile.py --only="1B FAM"
 
 It needs the extra `tpu` (WORKSPACE.md, "Setting up"), and no TPU. Every case is one `famjax compile`,
-a few minutes on two cores; what is there already is not compiled again. Nothing is measured. Writes
-a directory for each case, `report.json` and `table.md` to runs/tpu_compile.
+a minute or two on two cores. Nothing is measured. Writes a directory for each case, `report.json`
+and `table.md` to runs/tpu_compile; with --only, other cases are taken as they are there.
 """
 
 import argparse
@@ -29,7 +29,10 @@ def cases() -> dict[str, list[str]]:
     found[f"{size} FAM, v5e"] = [f"--topology={small}", *RUN, *files]
     found[f"{size} BSWA, v5e"] = [f"--topology={small}", *RUN, *files, BSWA]
     found[f"{size} FAM, v5p"] = [f"--topology={large}", *RUN, *files]
+    found[f"{size} BSWA, v5p"] = [f"--topology={large}", *RUN, *files, BSWA]
     if size == "1B":
+      slices = ["--topology=v5e:4x4", "--slices=2", "--gin.MESH_DATA=2", "--gin.MESH_FSDP=16"]
+      found["1B FAM, two slices"] = [*slices, *RUN, *files]  # the same chips
       whole = ["--gin.LORA_RANK=0", "--gin.ModelConfig.param_dtype=float32"]
       found["1B FAM, all parameters, v5e"] = [f"--topology={small}", *RUN, *files, *whole]
     if size == "24B":
@@ -48,7 +51,7 @@ def main() -> None:
   found = {}
   for name, settings in cases().items():
     place = arguments.out / name.lower().replace(",", "").replace(" ", "-")
-    if name.startswith(arguments.only) and not (place / "report.json").exists():
+    if name.startswith(arguments.only):
       print(f"{name}: famjax compile {' '.join(settings)}", flush=True)
       command = [sys.executable, "-m", "famjax.cli", "compile", *settings, f"--out={place}"]
       done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,27 +69,45 @@ def main() -> None:
 def table(found: dict[str, dict]) -> str:
   """A row for each case."""
   head = ["run", "slice", "data x fsdp x tensor", "microbatches", "arguments", "temporaries",
-          "in all, GiB", "of", "weights gathered, per layer and pass", "sent, GiB", "compiled in, s"]  # fmt: skip
+          "in all, GiB", "of", "FLOPs, formula", "FLOPs, products", "cycles",
+          "gathers per layer (in loops over blocks)", "results of collectives, GiB", "compiled in, s"]  # fmt: skip
   lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
   for name, case in found.items():
     mesh = " x ".join(str(size) for size in case["mesh"].values())
-    row = [name, case["topology"], mesh, str(case["accumulate"])]
+    where = f"{case['slices']} x " * (case["slices"] > 1) + case["topology"]
+    row = [name, where, mesh, str(case["accumulate"])]
     memory = f"{case['memory_bytes'] / 2**30:.0f}"
     if not case["fits"]:
-      lines.append([*row, "", "", "does not fit", memory, "", "", ""])
+      lines.append([*row, "", "", "does not fit", memory, *[""] * 6])
       continue
-    parts = case["bytes_per_chip"]
+    parts, flops = case["bytes_per_chip"], case["flops_per_chip"]
     gib = lambda key: f"{parts[key] / 2**30:.2f}"  # pylint: disable=cell-var-from-loop
-    sent = sum(one["total_bytes"] for one in case["collectives"]) / 2**30
+    results = sum(one["total_bytes"] for one in case["collectives"]) / 2**30
     lines.append([
-        *row, gib("argument"), gib("temp"), gib("used"), memory, _gathers(case), f"{sent:.1f}",
-        f"{case['seconds_to_compile']:.0f}",
+        *row, gib("argument"), gib("temp"), gib("used"), memory, f"{flops['formula']:.3g}",
+        f"{flops['products of the program']:.3g}", f"{case['estimated_cycles_per_chip']:.3g}",
+        _gathers(case), f"{results:.1f}", f"{case['seconds_to_compile']:.0f}",
     ])  # fmt: skip
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _ratios(found)
+
+
+def _ratios(found: dict[str, dict]) -> str:
+  """FAM over BSWA, where both are there and fit."""
+  rows = [["FAM over BSWA", "temporaries", "in all", "FLOPs, formula", "cycles"], ["---"] + ["---:"] * 4]
+  for name, fam in found.items():
+    bswa = found.get(name.replace("FAM", "BSWA"))
+    if "FAM" not in name or bswa is None or not (fam["fits"] and bswa["fits"]):
+      continue
+    of = lambda case: (
+        case["bytes_per_chip"]["temp"], case["bytes_per_chip"]["used"],
+        case["flops_per_chip"]["formula"], case["estimated_cycles_per_chip"],
+    )  # fmt: skip
+    rows.append([name.replace("FAM, ", ""), *(f"{a / b:.3f}" for a, b in zip(of(fam), of(bswa)))])
+  return "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def _gathers(case: dict) -> str:
-  """All-gathers in the loops over layers, forward and backward, and in loops inside these."""
+  """All-gathers in the body of the loops over layers, and in loops inside these."""
   layers = case["model"]["num_layers"]
   outer, inner = 0, 0
   for one in case["collectives"]:
@@ -95,7 +116,7 @@ def _gathers(case: dict) -> str:
         outer += one["count"]
       else:
         inner += one["count"]
-  return f"{outer} (in loops over blocks: {inner})"
+  return f"{outer} ({inner})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks run."""
 
+import argparse
 import importlib.util
 import json
 import pathlib
@@ -32,6 +33,12 @@ def test_every_benchmark_says_what_it_does():
     assert "--out" in shown
 
 
+@pytest.fixture(name="load")
+def _load(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)  # as it is when they are run
+  return load
+
+
 def load(name):
   found = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
   module = importlib.util.module_from_spec(found)
@@ -39,7 +46,7 @@ def load(name):
   return module
 
 
-def test_accuracies_of_fine_tuning_are_put_together_by_text():
+def test_accuracies_of_fine_tuning_are_put_together_by_book(load):
   finetune = load("finetune")
   ends = [(0, 256), (256, 512), (512, 1024), (1024, 2048)]
 
@@ -49,29 +56,49 @@ def test_accuracies_of_fine_tuning_are_put_together_by_text():
 
   better = [text(0.5, 0.5, 0.3, 0.6), text(0.1, 0.1, 0.3, 0.3)]
   worse = [text(0.9, 0.9, 0.0, 0.3), text(0.9, 0.9, 0.2, 0.2)]
-  mean, error = finetune._gain(better, worse)  # pylint: disable=protected-access
+  better.append(text(0.5, 0.5))  # too short to say anything
+  worse.append(text(0.5, 0.5))
+  mean, error = finetune._gain(better, worse, [3, 5, 5])  # pylint: disable=protected-access
   assert mean == pytest.approx(0.2) and error == pytest.approx(0.1)  # of 0.3 and 0.1
+  mean, error = finetune._gain(better, worse, [3, 3, 5])  # pylint: disable=protected-access
+  assert mean == pytest.approx(0.2) and error != error  # one book says nothing of others
   (half,) = finetune._accuracy([text(0.2, 0.4)], last=512)  # pylint: disable=protected-access
   assert half == pytest.approx(0.3)
   table = finetune._places_table({"one": better})  # pylint: disable=protected-access
-  assert "| one | 0.3000 | 0.3000 | 0.3000 | 0.4500 |" in table
+  assert "| one | 0.3667 | 0.3667 | 0.3000 | 0.4500 |" in table
 
 
-def test_what_does_not_fit_is_a_row_too():
+def test_what_does_not_fit_is_a_row_too(load):
   compile_ = load("tpu_compile")
   case = {
-      "topology": "v5e:4x8", "mesh": {"data": 1, "fsdp": 32, "tensor": 1}, "accumulate": 4,
+      "topology": "v5e:4x8", "slices": 1, "mesh": {"data": 1, "fsdp": 32, "tensor": 1}, "accumulate": 4,
       "memory_bytes": 16 << 30, "fits": False, "model": {"num_layers": 18},
   }  # fmt: skip
   fits = case | {
       "fits": True, "seconds_to_compile": 61.2,
       "bytes_per_chip": {"argument": 1 << 30, "temp": 3 << 29, "used": 5 << 29},
+      "flops_per_chip": {"formula": 2e14, "products of the program": 3e14},
+      "estimated_cycles_per_chip": 9_400_000_000,
       "collectives": [
           dict(kind="all-gather", loops=[4, 18], count=28, total_bytes=2 << 30),
           dict(kind="all-gather", loops=[4], count=1, total_bytes=1 << 30),
       ],
   }  # fmt: skip
-  rows = compile_.table({"small": fits, "large": case}).splitlines()[2:]
-  wanted = "| small | v5e:4x8 | 1 x 32 x 1 | 4 | 1.00 | 1.50 | 2.50 | 16"
-  assert rows[0] == wanted + " | 28 (in loops over blocks: 0) | 3.0 | 61 |"
-  assert "does not fit" in rows[1]
+  found = {
+      "1B FAM, v5e": fits, "1B BSWA, v5e": fits | {"estimated_cycles_per_chip": 8_000_000_000},
+      "8B FAM, v5e": fits | {"slices": 2}, "8B BSWA, v5e": case,
+  }  # fmt: skip
+  rows = compile_.table(found).splitlines()[2:]
+  wanted = "| 1B FAM, v5e | v5e:4x8 | 1 x 32 x 1 | 4 | 1.00 | 1.50 | 2.50 | 16 | 2e+14 | 3e+14 | 9.4e+09"
+  assert rows[0] == wanted + " | 28 (0) | 3.0 | 61 |"
+  assert "| 2 x v5e:4x8 |" in rows[2] and "does not fit" in rows[3]
+  assert rows[-1] == "| 1B v5e | 1.000 | 1.000 | 1.000 | 1.175 |"
+
+
+def test_a_directory_of_other_arguments_is_not_gone_on_with(load, tmp_path):
+  common = load("common")
+  keep = lambda **values: common.keep_arguments(tmp_path, argparse.Namespace(**values), ("out",))
+  keep(steps=3, out="a")
+  keep(steps=3, out="b")
+  with pytest.raises(SystemExit, match="begun with --steps=3, not 4: name another --out"):
+    keep(steps=4, out="a")

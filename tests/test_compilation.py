@@ -33,7 +33,11 @@ def test_a_training_step_fits_and_gathers_once_a_layer(tmp_path):
   assert [3] in gathers, "weights are gathered in the loop over layers"
   blocks = 512 // 128
   assert [3, blocks] not in gathers, "and not in the one over blocks"
-  for said in ("temporaries", "16.00 GiB", "8 x TPU v5 lite", "in loops of 3"):
+  flops = found["flops_per_chip"]
+  # The backward pass makes each layer's forward one again: 4 products in place of 3, less the loss's.
+  assert 1.1 < flops["products of the program"] / flops["formula"] < 1.6
+  assert found["estimated_cycles_per_chip"] > 0
+  for said in ("temporaries", "16.00 GiB", "cycles", "8 x TPU v5 lite", "in loops of 3"):
     assert said in done.stdout
 
 
@@ -69,6 +73,7 @@ def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
         (["--topology=v5e:2x4", "--slices=0"], "--slices=0: use at least 1"),
         (["--topology=v5e:2x4", "--gin.MESH_FSDP=3"], "does not come out on 8 devices"),
         (["--topology=v5e:2x4", "--gin.BATCH_SIZE=6"], "6 rows cannot be dealt out evenly"),
+        (["--topology=v5e:2x4", "--gin.LENGTH=500"], "500 tokens, is not a multiple of block_size 128"),
         (["--topology=v5e:2x4", "--gin.NOTHING=3"], "no gin file of this run uses the name 'NOTHING'"),
         (["--topology=v5e:2x4", "--gin.AxisRules.mlp=model"], "there is no mesh axis 'model'"),
         (["--topology=v5e:2x4", "--gin.AxisRules.wide=data"], "doesn't have a parameter named 'wide'"),

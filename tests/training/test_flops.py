@@ -9,7 +9,7 @@ import pytest
 
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
-from famjax.training.flops import flops_per_token, utilisation, visible_keys
+from famjax.training.flops import flops_per_token, products, utilisation, visible_keys
 from famjax.training.train_state import split
 
 
@@ -71,3 +71,22 @@ def test_a_frozen_model_costs_two_passes_of_its_matrices_and_three_of_its_attent
   assert frozen.attention == whole.attention and frozen.matrices == whole.matrices * 2 / 3
   attention = 3 * L / N * 4 * config.num_heads * config.head_width * F * (2 * N + F)
   assert frozen.fam - attention == pytest.approx((whole.fam - attention) * 2 / 3)
+
+
+def test_products_of_a_program_count_loops_and_what_is_made_again():
+  weight = jnp.ones((8, 8))
+
+  def layers(x, again):
+    step = lambda x, _: (jnp.tanh(x @ weight), None)
+    step = jax.checkpoint(step) if again else step
+    return jax.lax.scan(step, x, length=5)[0].sum()
+
+  x = jnp.ones((4, 8))
+  product = 2 * 4 * 8 * 8
+  traced = lambda f, *args: jax.jit(f, static_argnums=1).trace(*args).jaxpr.jaxpr
+  assert products(traced(layers, x, False)) == 5 * product
+  # The backward pass has one product, for the input; made again, the forward one comes twice.
+  assert products(traced(jax.grad(layers), x, False)) == 10 * product
+  assert products(traced(jax.grad(layers), x, True)) == 15 * product
+  branches = lambda x, on: jax.lax.cond(x[0, 0] > 0, lambda x: x @ weight, lambda x: x, x)
+  assert products(traced(branches, x, None)) == product
