@@ -123,6 +123,9 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
       for name in ("argument", "temp", "output", "alias")
   }
   used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
+  memory = found["memory_bytes"]
+  if memory and used > memory:  # the compiler has packed it in, and calls it more than there is
+    found |= {"fits": False, "why": f"{_size(used)} in all are more than the chip's {_size(memory)}"}
   text = program.as_text()
   return found | {
       "bytes_per_chip": parts | {"used": used},
@@ -259,7 +262,9 @@ def table(found: dict[str, Any]) -> str:
       for i, buffer in enumerate(found["largest_buffers"])
   ]
   if not found["fits"]:
-    return _lines([*rows, ("DOES NOT FIT", found["why"]), *largest])
+    rows += [("DOES NOT FIT", found["why"]), *largest]
+  if "bytes_per_chip" not in found:
+    return _lines(rows)
   parts = found["bytes_per_chip"]
   rows += [
       ("  arguments", _size(parts["argument"])),

@@ -25,6 +25,7 @@
 #   --slices=N         so many slices of that type (1)
 #   --spot             cheaper, and taken away at any time
 #   --image=IMAGE      the type's own, if left out
+#   --data=gs://B/DIR  copied into ~/data of every machine before a run: --gin.DATA='../data/*.tsv'
 #   --retries=N        rounds after the first that train may take (10)
 #   --wait=SECONDS     before the first of them; doubles each time, up to 15 minutes (30)
 #   --poll=SECONDS     between two looks at a slice (20)
@@ -40,6 +41,7 @@ source launch/environment.sh
 
 name="${TPU_NAME:-}" type="${TPU_TYPE:-}" zone="${ZONE:-}" project="${PROJECT:-}"
 slices=1 spot="" image="" retries=10 wait=30 poll=20 logs=logs internal="" dry=""
+data=""
 round="" # the directory of the present round's logs
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; }
@@ -215,7 +217,11 @@ sync_tree() {
   everywhere sync 'mkdir -p famjax && tar -xzf famjax.tar.gz -C famjax'
 }
 
-setup() { everywhere setup 'cd famjax && launch/tpu_worker.sh setup'; }
+setup() {
+  local copy=""
+  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && gcloud storage rsync --recursive %q data && ' "$data"
+  everywhere setup "${copy}cd famjax && launch/tpu_worker.sh setup"
+}
 stop_run() { everywhere stop 'cd famjax && launch/tpu_worker.sh stop'; }
 
 run() {
@@ -243,6 +249,17 @@ check_run_dir() {
   fi
 }
 
+# Likewise the data.
+check_data() {
+  [[ -n "$data" ]] || return 0
+  [[ "$data" == gs://?* ]] || fail "--data=$data is not in a bucket: name gs://BUCKET/DIRECTORY"
+  if [[ -n "$dry" ]]; then
+    do_it gcloud storage ls "$data"
+  elif ! gcloud storage ls "$data" >/dev/null 2>&1; then
+    fail "--data=$data cannot be read: is it there, and are you signed in (gcloud auth login)?"
+  fi
+}
+
 one_round() {
   create && sync_tree && setup && run "$@"
 }
@@ -250,6 +267,7 @@ one_round() {
 train() {
   local attempt status pause="$wait"
   check_run_dir "$@"
+  check_data
   for ((attempt = 0; ; attempt++)); do
     new_round
     status=0
@@ -298,6 +316,7 @@ while [[ $# -gt 0 ]]; do
     --slices=*) slices="${1#*=}" ;;
     --spot) spot=1 ;;
     --image=*) image="${1#*=}" ;;
+    --data=*) data="${1#*=}" ;;
     --retries=*) retries="${1#*=}" ;;
     --wait=*) wait="${1#*=}" ;;
     --poll=*) poll="${1#*=}" ;;
@@ -329,7 +348,7 @@ trap 'say "interrupted: $name may still run. launch/tpu_train.sh stop (or delete
 case "$verb" in
   create) create ;;
   sync) new_round; sync_tree ;;
-  setup) new_round; setup ;;
+  setup) check_data; new_round; setup ;;
   run) check_run_dir "$@"; new_round; run "$@" ;;
   train) train "$@" ;;
   status) status ;;

@@ -66,6 +66,21 @@ def test_what_does_not_fit_names_its_largest_buffers(tmp_path):
   assert f"{logits:.2f}GiB" in done.stdout and "DOES NOT FIT" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_chip_with_less_memory_than_the_compiler_thinks(monkeypatch):
+  """What the analysis of a program adds up to has to be there, whatever the compiler has packed."""
+  from famjax import compilation, configuration  # pylint: disable=import-outside-toplevel
+  from famjax.parallel import topology  # pylint: disable=import-outside-toplevel
+
+  monkeypatch.setattr(topology, "hbm_bytes", lambda device: 1 << 20)
+  bindings = [a.removeprefix("--gin.") for a in RUN if a.startswith("--gin.")]
+  run = compilation.Run(**configuration.run_from_gin(["gin/runs/excerpts.gin"], bindings))
+  found = compilation.compiled(run, "train", topology.devices_of("v5e:2x4"))
+  assert not found["fits"] and "are more than the chip's 0.00 GiB" in found["why"]
+  found |= {"topology": "v5e:2x4", "slices": 1, "step": "train"}
+  assert "DOES NOT FIT" in compilation.table(found) and "temporaries" in compilation.table(found)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

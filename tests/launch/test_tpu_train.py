@@ -81,6 +81,25 @@ def test_a_run_that_ends(cloud):
   assert (machine / "famjax" / "cli.py").is_file() and not (machine / ".git").exists()
 
 
+def test_data_is_copied_to_every_machine(cloud):
+  done = cloud("train", "--data=gs://bucket/two words", WORKERS="2")
+  assert done.returncode == 0, done.stdout + done.stderr
+  for machine in ("t-0", "t-1"):
+    file = cloud.place / "machines" / machine / "data" / "pairs.tsv"
+    assert file.read_text() == "of gs://bucket/two words\n"
+
+
+@pytest.mark.parametrize("data, message", [
+    ("/mnt/flan", "--data=/mnt/flan is not in a bucket"),
+    ("gs://bucket/missing", "--data=gs://bucket/missing cannot be read"),
+])  # fmt: skip
+def test_data_is_looked_at_before_anything_is_paid_for(cloud, data, message):
+  done = cloud("train", f"--data={data}")
+  assert done.returncode == 2 and message in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+  assert cloud.count("queued-resources create") == 0
+
+
 def test_a_slice_that_is_there_is_used(cloud):
   cloud.write("state", "ACTIVE\n")
   assert cloud("train").returncode == 0
