@@ -28,11 +28,12 @@ def cases() -> dict[str, list[str]]:
     files = [f"--gin_file=gin/{room}/flan_{size.lower()}.gin" for room in ("models", "slices")]
     found[f"{size} FAM, v5e"] = [f"--topology={small}", *RUN, *files]
     found[f"{size} BSWA, v5e"] = [f"--topology={small}", *RUN, *files, BSWA]
-    found[f"{size} FAM, v5p"] = [f"--topology={large}", *RUN, *files]
-    found[f"{size} BSWA, v5p"] = [f"--topology={large}", *RUN, *files, BSWA]
+    roomy = [f"--topology={large}", *RUN, *files, "--gin.TrainConfig.accumulate=1"]
+    found[f"{size} FAM, v5p"], found[f"{size} BSWA, v5p"] = roomy, [*roomy, BSWA]
     if size == "1B":
       slices = ["--topology=v5e:4x4", "--slices=2", "--gin.MESH_DATA=2", "--gin.MESH_FSDP=16"]
-      found["1B FAM, two slices"] = [*slices, *RUN, *files]  # the same chips
+      slices += ["--gin.TrainConfig.accumulate=4"]  # the program of several slices needs more memory
+      found["1B FAM, two slices"] = [*slices, *RUN, *files]  # the same number of chips
       whole = ["--gin.LORA_RANK=0", "--gin.ModelConfig.param_dtype=float32"]
       found["1B FAM, all parameters, v5e"] = [f"--topology={small}", *RUN, *files, *whole]
     if size == "24B":

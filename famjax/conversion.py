@@ -11,7 +11,7 @@ from famjax.convert import hf, peft
 from famjax.data import tokenizers, vocabularies
 from famjax.errors import UserError
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.model.config import MEMORY_WEIGHTS, ModelConfig
 from famjax.training import adoption, checkpoint, parameters
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -89,7 +89,7 @@ def _check_base(loaded: checkpoint.Loaded, src: pathlib.Path, base: pathlib.Path
   checkpoint.check_model(base, theirs.model, loaded.model, adoption.MAY_DIFFER)
   ours = traverse_util.flatten_dict(loaded.params, sep="/")
   for name, leaf in traverse_util.flatten_dict(theirs.params, sep="/").items():
-    if name not in FAM_WEIGHTS and not (leaf.astype(ours[name].dtype) == ours[name]).all():
+    if name.partition("/")[0] not in MEMORY_WEIGHTS and not (leaf.astype(ours[name].dtype) == ours[name]).all():
       raise UserError(
           f"{src} has another {name} than {base}, so that its LoRA alone is not its model: name the"
           " base that it was trained on, or export it whole with --to=hf"

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from famjax.convert.families import SYMBOLS, Json, carried, from_hf, known, to_hf
 from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
-from famjax.model.config import FAM_WEIGHTS, MemoryConfig, ModelConfig
+from famjax.model.config import MEMORY_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.parallel.placement import put
 
@@ -151,7 +151,7 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
     UserError: no family has all options of the model.
   """
   leaves = traverse_util.flatten_dict(params, sep="/")
-  leaves = {name: leaf for name, leaf in leaves.items() if name not in FAM_WEIGHTS}
+  leaves = {name: leaf for name, leaf in leaves.items() if not _of_memory(name)}
   symbols = dict.fromkeys(SYMBOLS)  # not the family's usual ones
   hf = symbols | carried(like or {}, config) | to_hf(config)
   hf |= {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
@@ -180,9 +180,10 @@ def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | 
 
 
 def write_memory(path: pathlib.Path, params: Params, config: ModelConfig) -> None:
-  """Writes a memory and the FAM's own weights beside files that others read."""
+  """Writes a memory and its own weights beside files that others read."""
   (path / _MEMORY).write_text(json.dumps(dataclasses.asdict(config.memory), indent=2) + "\n")
-  own = {name: np.asarray(params[name]) for name in FAM_WEIGHTS if name in params}
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  own = {name: np.asarray(leaf) for name, leaf in leaves.items() if _of_memory(name)}
   if own:
     save_file(own, path / _MEMORY_WEIGHTS)
 
@@ -198,20 +199,16 @@ def read_memory(path: pathlib.Path) -> MemoryConfig | None:
 
 
 def read_memory_weights(path: pathlib.Path, config: ModelConfig) -> dict[str, jax.Array]:
-  """The FAM's own weights, if `write_memory` left any."""
+  """A memory's own weights, if `write_memory` left any: a nested dict."""
   path = path / _MEMORY_WEIGHTS
   if not path.is_file():
     return {}
   found = load(path)
-  L, F, D = config.num_layers, config.memory.length, config.model_dim
-  prompt = {"prompt": ("fam_prompt", (F, D)), "prefix": ("fam_prefix", (L, F, D))}
-  name, shape = prompt[config.memory.fam_init]
-  found_shapes = {name: leaf.shape for name, leaf in found.items()}
-  if found_shapes != {name: shape}:
-    raise UserError(
-        f"{path} holds {found_shapes}, and the memory in {_MEMORY} takes {name} {shape}"
-    )
-  return {name: jnp.asarray(leaf) for name, leaf in found.items()}
+  held = {name: leaf.shape for name, leaf in found.items()}
+  wanted = {name: shape for name, shape in _all_shapes(config).items() if _of_memory(name)}
+  if held != wanted:
+    raise UserError(f"{path} holds {held}, and the memory in {_MEMORY} takes {wanted}")
+  return traverse_util.unflatten_dict({k: jnp.asarray(x) for k, x in found.items()}, sep="/")
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -278,10 +275,18 @@ class _Tensors:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of all parameters, by path."""
+  """Shapes of all parameters but the memory's, by path."""
+  return {name: shape for name, shape in _all_shapes(config).items() if not _of_memory(name)}
+
+
+def _all_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   _, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
   leaves = traverse_util.flatten_dict(nnx.to_pure_dict(params), sep="/")
-  return {name: leaf.shape for name, leaf in leaves.items() if name not in FAM_WEIGHTS}
+  return {name: leaf.shape for name, leaf in leaves.items()}
+
+
+def _of_memory(name: str) -> bool:
+  return name.partition("/")[0] in MEMORY_WEIGHTS
 
 
 def _places(name: str, config: ModelConfig) -> Iterator[tuple[str, int | None]]:

@@ -19,7 +19,7 @@ from famjax.convert.families import Json, to_hf
 from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, PROJECTIONS, ModelConfig
+from famjax.model.config import MEMORY_WEIGHTS, PROJECTIONS, ModelConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULES = {  # our projection, and the module's name within its layer
@@ -176,7 +176,7 @@ def read(
   memory = hf.read_memory(path)
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
-    params = {name: tree for name, tree in params.items() if name not in FAM_WEIGHTS}
+    params = {name: tree for name, tree in params.items() if name not in MEMORY_WEIGHTS}
   try:
     factors, config = from_peft(hf.load(path / _WEIGHTS), read_json(path / _CONFIG), config)
   except UserError as error:

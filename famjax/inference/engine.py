@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famjax.inference import sampling
+from famjax.model import strategy
 from famjax.model.decoder import Decoder
 from famjax.model.state import State, settle, stack, unstack, with_recent
 from famjax.training.loss import token_log_probs
@@ -111,7 +112,7 @@ class Engine:
   @functools.cached_property
   def _writer(self):
     """Graph and parameters that `write` uses."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or strategy.of(self.config.memory) is not None:
       return self.graphdef, self.params
     return nnx.split(nnx.merge(self.graphdef, self.params).unstacked())
 

@@ -31,7 +31,7 @@ from famjax.model.state import State, empty_state
 from famjax.training import parameters
 from famjax.training.adoption import adopt, new_fam
 from famjax.training.checkpoint import Loaded, load_params
-from famjax.training.train_state import abstract
+from famjax.training.train_state import abstract, split
 
 
 class Score(NamedTuple):
@@ -368,5 +368,6 @@ def assemble(
           f"{name} has shape {params[name].shape}, and this memory takes {fresh[name].shape}: choose"
           " its fam_length, or give a fam_prompt that fits"
       )
-  decoder = nnx.merge(graphdef, adopt(fresh, params, seed=0))
+  fresh_params = lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1]
+  decoder = nnx.merge(graphdef, adopt(fresh, params, 0, fresh_params=fresh_params))
   return Model(decoder, load_vocabulary(loaded.vocabulary))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _MASKED = -1e30  # finite, so that a row without any visible key would give numbers and not NaN
 
@@ -70,6 +71,28 @@ def attend(
     out += _pad_blocks(part, T, 0)
   out = out / total.reshape(B, T, K, G * n, 1)
   return out.astype(values.dtype).reshape(B, T, H, n, d)
+
+
+def probabilities(
+    queries: jax.Array, key_sets: list[KeySet], cap: float | None = None
+) -> list[jax.Array]:
+  """What `attend` weighs the values of each set with, written out: for looking at, not for speed.
+
+  Args are those of `attend`; every set is of all T blocks.
+
+  Returns:
+    float32 `[B, T, H, n, m]` of each set; over all of them they sum to 1.
+  """
+  B, T, H, n, d = queries.shape
+  K = key_sets[0].keys.shape[2]
+  grouped = queries.reshape(B, T, K, H // K, n, d)
+  scores = []
+  for keys, _, mask in key_sets:
+    score = jnp.einsum("BTKGnd,BTKmd->BTKGnm", grouped, keys, preferred_element_type=jnp.float32)
+    score = score if cap is None else cap * jnp.tanh(score / cap)
+    scores.append(score if mask is None else jnp.where(mask, score, _MASKED))
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).reshape(B, T, H, n, -1)
+  return jnp.split(weights, np.cumsum([score.shape[-1] for score in scores])[:-1].tolist(), axis=-1)
 
 
 def _pad_blocks(x: jax.Array, T: int, value: float) -> jax.Array:

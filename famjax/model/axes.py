@@ -68,7 +68,7 @@ def names(model: nnx.Module) -> dict[str, Any]:
 
   def of(path, weight):
     axes = weight.get_metadata("axes")
-    stacked = path[0].key == "layers" and "layers" not in axes
+    stacked = path[0].key in ("layers", "memory_layers") and "layers" not in axes
     return ("layers", *axes) if stacked else axes
 
   is_weight = lambda x: isinstance(x, nnx.Variable)

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import re
+from typing import Any
 
 from famjax.errors import UserError
 
@@ -18,6 +19,10 @@ PROJECTIONS = (
 )  # fmt: skip
 # The weights that a FAM adds to a model; it has one of them.
 FAM_WEIGHTS = ("fam_prompt", "fam_prefix")
+# First names of all weights that a memory of any kind adds to a decoder.
+MEMORY_WEIGHTS = (*FAM_WEIGHTS, "memory", "memory_layers")
+# Kinds of memory that the decoder itself has; others are `strategy`'s.
+BUILT_IN = ("fam", "bswa", "full")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 
@@ -28,7 +33,8 @@ class MemoryConfig:
 
   Attributes:
     kind: "fam" (Algorithm 2), "bswa" (Algorithm 1), or "full": all that came before, which may be
-      (M + 1) * N tokens at most, an ordinary decoder. A FAM of length 0 is BSWA.
+      (M + 1) * N tokens at most, an ordinary decoder. A FAM of length 0 is BSWA. Other kinds are
+      registered (strategy.py): "rmt", "infini", ...; "module:Class" imports one.
     block_size: N, tokens in a block.
     memory_segments: M, earlier blocks whose keys and values stay visible.
     fam_length: F, feedback vectors of a layer. Ignored by "bswa" and "full".
@@ -38,6 +44,7 @@ class MemoryConfig:
       positions of the block; "float", spread between this block and the next; "zero", always 0.
     stop_gradient: no gradient through the keys and values of earlier blocks (Transformer-XL;
       M1_SG of Fig. 3a). The FAM's own path keeps its gradient.
+    options: of a registered kind, by name; a dictionary, which becomes a tuple of pairs.
     window: a query at position p sees token keys at positions above `p - window` alone, as far as
       the segments hold them (Transformer-XL, B.4.7); None: whole blocks.
   """
@@ -50,6 +57,11 @@ class MemoryConfig:
   fam_position: str = "last"
   stop_gradient: bool = False
   window: int | None = None
+  options: dict[str, Any] | tuple[tuple[str, Any], ...] = ()
+
+  def __post_init__(self):
+    items = self.options.items() if isinstance(self.options, dict) else self.options
+    object.__setattr__(self, "options", tuple(sorted((k, v) for k, v in items)))
 
   @property
   def length(self) -> int:
@@ -71,7 +83,7 @@ class MemoryConfig:
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
-    _one_of("memory kind", self.kind, ("fam", "bswa", "full"))
+    self._validate_strategy()
     _one_of("fam_init", self.fam_init, ("prompt", "prefix"))
     _one_of("fam_position", self.fam_position, ("last", "float", "zero"))
     _at_least("block_size", self.block_size, 1)
@@ -91,6 +103,19 @@ class MemoryConfig:
             f" hold (block_size {self.block_size}, memory_segments {self.memory_segments}): lower it,"
             " or leave it out"
         )
+
+
+  def _validate_strategy(self):
+    from famjax.model import strategy  # pylint: disable=import-outside-toplevel
+
+    how = strategy.of(self)
+    if how is None:
+      if self.options:
+        raise UserError(f"memory options {dict(self.options)} are given, and {self.kind!r} has none")
+      return
+    if self.window is not None:
+      raise UserError(f"window is {self.window}, and memory kind {self.kind!r} has none: leave it out")
+    how.validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +323,8 @@ class ModelConfig:
         )
     if self.layer_kinds is None:
       return
+    if self.memory.kind not in BUILT_IN:
+      raise UserError(f"memory kind {self.memory.kind!r} knows no layer_kinds: all layers are global")
     for kind in self.layer_kinds:
       _one_of("layer kind", kind, ("global", "local", "nope"))
     if len(self.layer_kinds) != self.num_layers:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famjax.model import axes, blocks, memory, rope, within
+from famjax.model import axes, blocks, memory, recurrent, rope, strategy, within
 from famjax.model.attention import KeySet, attend
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
@@ -100,6 +100,7 @@ class Decoder(nnx.Module):
     head: `kernel` `[D, V]`, where embeddings are not tied.
     fam_prompt: `[F, D]`, the only weight that a FAM adds; or
     fam_prefix: `[L, F, D]`, its prefix form.
+    memory, memory_layers: what a memory of another kind adds to the model and to its layers.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -117,6 +118,12 @@ class Decoder(nnx.Module):
           "...D,DV->...V", (D, V), ("embed", "vocab"),
           fan_in=D, param_dtype=config.param_dtype, rngs=rngs,
       )  # fmt: skip
+    how = strategy.of(config.memory)
+    if how is not None:
+      own, of_layers = recurrent.make_weights(how, config, rngs)
+      for name, module in (("memory", own), ("memory_layers", of_layers)):
+        if module is not None:
+          setattr(self, name, module)
     if F and config.memory.fam_init == "prompt":
       drawn = jax.random.randint(rngs.params(), (F,), 0, V)  # starts from random tokens' embeddings
       prompt = self.embedder.embedding[...][drawn].astype(jnp.float32)
@@ -174,7 +181,8 @@ class Decoder(nnx.Module):
 
     A loss that goes through the vocabulary chunk by chunk wants it before the first.
     """
-    graphdef, layers, outside = nnx.split(self, lambda path, _: path[0] == "layers", ...)
+    of_layers = lambda path, _: path[0] in ("layers", "memory_layers")
+    graphdef, layers, outside = nnx.split(self, of_layers, ...)
     return nnx.merge(graphdef, layers, axes.gather(outside))
 
   def hidden(
@@ -193,6 +201,8 @@ class Decoder(nnx.Module):
       config.memory.check_context(S)
       state = empty_state(config, B, past=False)
       start_of_sequence, aligned = jnp.ones(B, bool), True
+    if strategy.of(config.memory) is not None:
+      return recurrent.hidden(self, tokens, state, start_of_sequence, lengths, aligned, remat)
     if self.is_unstacked and not isinstance(state.fam, tuple):
       state = unstack(state)
     starting = start_of_sequence is not None

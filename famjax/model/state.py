@@ -1,12 +1,12 @@
 """What a model remembers between calls: one explicit pytree of constant size."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from famjax.model.config import ModelConfig
+from famjax.model.config import BUILT_IN, ModelConfig
 
 
 @struct.dataclass
@@ -22,6 +22,19 @@ class Recent:
   keys: jax.Array
   values: jax.Array
   count: jax.Array
+
+
+@struct.dataclass
+class Segments:
+  """The memory segments of a model that goes from block to block (recurrent.py).
+
+  Attributes:
+    keys: `[L, B, K, M, N, d]`, rotated, of the last M full blocks, the oldest first.
+    values: as `keys`.
+  """
+
+  keys: jax.Array
+  values: jax.Array
 
 
 @struct.dataclass
@@ -41,6 +54,14 @@ class State:
     fam_updates: int32 `[B]`, times that the FAM was written; 0: it is the initial FAM.
     recent: the last tokens, where they are not in the ring; None between calls.
 
+  With a memory of another kind (strategy.py) the ring is None, `fam_updates` counts full blocks, and
+  there are
+
+    memory: the strategy's, after the last full block: "layers" `[L, B, ...]`, "model" `[B, ...]`.
+    segments: keys and values of that block and those before it.
+    tokens: int32 `[B, N]`, of the block that is being filled.
+    penalty: float32 `[B]`, what the last call adds to the loss: a mean over its full blocks.
+
   An unstacked state has a tuple of L arrays where one with a leading L stands above.
   """
 
@@ -53,6 +74,10 @@ class State:
   fam_values: jax.Array
   fam_updates: jax.Array
   recent: Recent | None = None
+  memory: Any = None
+  segments: Segments | None = None
+  tokens: jax.Array | None = None
+  penalty: jax.Array | None = None
 
 
 # Names of the axes of a state's fields (`axes`); those that are not here are whole.
@@ -65,12 +90,25 @@ AXES = {
     "fam_keys": ("layers", "batch", "kv_heads", "fam", "head"),
     "fam_values": ("layers", "batch", "kv_heads", "fam", "head"),
     "fam_updates": ("batch",),
+    "tokens": ("batch", None),
+    "penalty": ("batch",),
 }
 
 
 def axes_of(state: State) -> State:
   """`AXES` as a state."""
-  return state.replace(**{f: AXES.get(f) for f, x in vars(state).items() if x is not None})
+  named = {f: AXES.get(f) for f, x in vars(state).items() if x is not None}
+  if state.memory is not None:
+    ring = AXES["keys"]
+    rows = lambda *names: lambda x: (*names, *(None,) * (x.ndim - len(names)))
+    named |= {
+        "memory": {
+            "layers": jax.tree.map(rows("layers", "batch"), state.memory["layers"]),
+            "model": jax.tree.map(rows("batch"), state.memory["model"]),
+        },
+        "segments": Segments(ring, ring),
+    }
+  return state.replace(**named)
 
 
 class LayerMemory(NamedTuple):
@@ -112,10 +150,20 @@ def empty_state(config: ModelConfig, batch_size: int, *, past: bool = True) -> S
   zeros = lambda: jnp.zeros(B, jnp.int32)
   ring = lambda: jnp.zeros((L, B, K, M + 1, N, d), dtype) if past else None
   heads = lambda: jnp.zeros((L, B, K, F, d), dtype)
+  other = {}
+  if config.memory.kind not in BUILT_IN:
+    from famjax.model import recurrent  # pylint: disable=import-outside-toplevel
+
+    segments = lambda: jnp.zeros((L, B, K, M, N, d), dtype)
+    other = {
+        "memory": recurrent.empty_memory(config, B), "segments": Segments(segments(), segments()),
+        "tokens": jnp.zeros((B, N), jnp.int32), "penalty": jnp.zeros(B),
+    }  # fmt: skip
+    past = False
   return State(
       position=zeros(), offset=zeros(), keys=ring(), values=ring(),
       fam=jnp.zeros((L, B, F, config.model_dim), dtype),
-      fam_keys=heads(), fam_values=heads(), fam_updates=zeros(),
+      fam_keys=heads(), fam_values=heads(), fam_updates=zeros(), **other,
   )  # fmt: skip
 
 
@@ -141,7 +189,12 @@ def restart(state: State, rows: jax.Array, *, fam: jax.Array, fam_updates: jax.A
 
 
 def with_recent(state: State, size: int) -> State:
-  """The state with room for at most `size` tokens beside the ring, for a decoding loop."""
+  """The state with room for at most `size` tokens beside the ring, for a decoding loop.
+
+  One without a ring stays as it is.
+  """
+  if state.keys is None:
+    return state
   room = lambda ring: jnp.zeros((*ring.shape[:-3], size, ring.shape[-1]), ring.dtype)
   keys, values = jax.tree.map(room, (state.keys, state.values))
   return state.replace(recent=Recent(keys, values, jnp.zeros_like(state.position)))
@@ -149,6 +202,8 @@ def with_recent(state: State, size: int) -> State:
 
 def settle(state: State) -> State:
   """Puts the recent tokens into the ring, in place where its buffer can be used again."""
+  if state.recent is None:
+    return state
   count = state.recent.count
   begin = state.position - count
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, MEMORY_WEIGHTS, ModelConfig
 from famjax.parallel.placement import Placement
 from famjax.training import trainable
 from famjax.training.checkpoint import Loaded, check_model, check_vocabulary
@@ -16,6 +16,7 @@ from famjax.training.config import TrainConfig
 from famjax.training.train_state import Params
 from famjax.training.trainable import join
 
+_OTHER_MEMORY = tuple(name for name in MEMORY_WEIGHTS if name not in FAM_WEIGHTS)
 _LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What a checkpoint's model may have otherwise when its parameters start another run.
 MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
@@ -74,7 +75,8 @@ def from_checkpoint(
       f"{name} {list(wanted[name].shape)} is not in it: drawn anew"
       for name in new_fam(wanted, loaded.params)
   ]
-  return adopt(wanted, params, config.seed, factors), loaded.model, notes
+  notes += [f"{n}: not in it, drawn anew" for n in _new_memory(wanted, loaded.params)]
+  return adopt(wanted, params, config.seed, factors, fresh_params), loaded.model, notes
 
 
 def _as_factors(
@@ -90,12 +92,18 @@ def _as_factors(
     params, _ = lora.merge(loaded.params, loaded.model)
     if model.lora_rank:
       factors = jax.jit(lambda: trainable.part(fresh_params(), "lora")[0])()
-      return params, {name: tree for name, tree in factors.items() if name not in FAM_WEIGHTS}
+      return params, {name: tree for name, tree in factors.items() if name not in MEMORY_WEIGHTS}
     return params, {}
   return loaded.params, {}
 
 
-def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) -> Params:
+def adopt(
+    fresh: Params,
+    loaded: Params,
+    seed: int,
+    lora: Params | None = None,
+    fresh_params: Callable[[], Params] | None = None,
+) -> Params:
   """Fresh parameters with the loaded ones of the same model in their places.
 
   A FAM that the checkpoint lacks, or has with another shape (`new_fam`), starts as in the paper
@@ -106,9 +114,15 @@ def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) 
     loaded: from `load_params`; the two models differ in their memory at most, see `check_model`.
     seed: of the draw.
     lora: LoRA's factors, which the checkpoint lacks.
+    fresh_params: makes the new model's parameters at random; the weights of a memory of another kind
+      are taken of these where the checkpoint lacks them.
   """
   embedding = loaded["embedder"]["embedding"]
-  adopted = {name: value for name, value in loaded.items() if name not in FAM_WEIGHTS}
+  adopted = {name: value for name, value in loaded.items() if name not in MEMORY_WEIGHTS}
+  new = _new_memory(fresh, loaded)
+  adopted |= {n: loaded[n] for n in _OTHER_MEMORY if n in fresh and n not in new}
+  if new:
+    adopted |= jax.jit(lambda: {name: fresh_params()[name] for name in new})()
   for name in FAM_WEIGHTS:
     if name in fresh and name not in new_fam(fresh, loaded):
       adopted[name] = loaded[name]
@@ -118,6 +132,16 @@ def adopt(fresh: Params, loaded: Params, seed: int, lora: Params | None = None) 
       adopted[name] = embedding[np.asarray(drawn)]  # of no device, so that it goes with any
   adopted = join(adopted, lora or {})
   return jax.tree.map(lambda new, value: value.astype(new.dtype), fresh, adopted)
+
+
+def _new_memory(fresh: Params, loaded: Params) -> list[str]:
+  """Names of a memory's weights, other than a FAM's, that loaded parameters lack or have otherwise."""
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  return [
+      name
+      for name in _OTHER_MEMORY
+      if name in fresh and (name not in loaded or shapes(loaded[name]) != shapes(fresh[name]))
+  ]
 
 
 def new_fam(fresh: Params, loaded: Params) -> list[str]:

@@ -5,6 +5,7 @@ The paper trains with Adafactor, b1 0.9, b2 0.99, at a constant rate (SPEC secti
 
 from collections.abc import Callable
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
 DECAYING = ("linear", "cosine")  # down to their end at `decay_steps`
 
 # Parameters whose last name is one of these are never decayed: norms, biases, the memory's start.
-NOT_DECAYED = ("scale", "bias", *FAM_WEIGHTS)
+NOT_DECAYED = ("scale", "bias", "tokens", "memory_gate", *FAM_WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class OptimizerConfig:
     eps: AdamW's addition to the root of the second moment.
     parameter_scale: Adafactor's update is multiplied by the root mean square of the parameter, so
       that `learning_rate` is a relative rate.
+    own_rates: of parameters, by their last name, times `learning_rate`: {"memory_gate": 10.0}. These
+      have no decay and are not scaled by their size, which may be 0.
   """
 
   name: str = "adafactor"
@@ -55,6 +58,11 @@ class OptimizerConfig:
   b2: float = 0.99
   eps: float = 1e-8
   parameter_scale: bool = True
+  own_rates: dict[str, float] | tuple[tuple[str, float], ...] = ()
+
+  def __post_init__(self):
+    items = self.own_rates.items() if isinstance(self.own_rates, dict) else self.own_rates
+    object.__setattr__(self, "own_rates", tuple((name, float(rate)) for name, rate in items))
 
   def validate(self) -> None:
     """Raises UserError for a value that makes no sense."""
@@ -73,6 +81,9 @@ class OptimizerConfig:
     for field in ("b1", "b2"):
       if not 0 <= getattr(self, field) < 1:
         raise UserError(f"optimizer {field} is {getattr(self, field)}; it must be in [0, 1)")
+    for name, rate in self.own_rates:
+      if not rate > 0:
+        raise UserError(f"optimizer own_rates: {name} has {rate}; it must be above 0")
     if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
       raise UserError(
           f"optimizer decay_steps {self.decay_steps} is not above warmup_steps"
@@ -126,6 +137,7 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
   Returns:
     An optax transformation whose `update` needs the parameters.
   """
+  rates = dict(config.own_rates)
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   if config.name == "adamw":
     parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
@@ -137,11 +149,21 @@ def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientT
     if config.b1:
       parts.append(optax.ema(config.b1, debias=False))
     if config.parameter_scale:
-      parts.append(optax.scale_by_param_block_rms())
+      scale = optax.scale_by_param_block_rms()
+      parts.append(optax.masked(scale, lambda p: _named(p, rates, False)) if rates else scale)
   if config.weight_decay:
-    parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    without = lambda params: jax.tree.map(operator.and_, decayed(params), _named(params, rates, False))
+    parts.append(optax.add_decayed_weights(config.weight_decay, without))
+  for name, rate in rates.items():
+    parts.append(optax.masked(optax.scale(rate), lambda p, name=name: _named(p, (name,), True)))
   schedule = make_schedule(config, train_steps)
   return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def _named(params, names, answer: bool) -> dict:
+  """A tree of bools: `answer` where a parameter's last name is one of `names`."""
+  of = lambda path, _: answer if path[-1].key in names else not answer
+  return jax.tree_util.tree_map_with_path(of, params)
 
 
 def _bias_corrected(step, b2):

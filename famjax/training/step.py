@@ -70,7 +70,10 @@ def make_train_step(
       taught, _ = original.hidden(batch["tokens"], lengths=batch["lengths"])
       sums = distillation_loss(model.logits, hidden, original.logits, taught, *wanted)
     kept = (after.fam[:, 0], after.fam_updates[0])  # row 0's
-    return sums.loss, (sums, kept, after if config.follow_rows else None)
+    loss = sums.loss
+    if after.penalty is not None:
+      loss += after.penalty.mean() * sums.weight  # what is divided by the weight in the end
+    return loss, (sums, kept, after if config.follow_rows else None)
 
   gradient = jax.grad(loss_of_rows, has_aux=True)
 

@@ -171,7 +171,7 @@ def change(directory, **values):
         ("an index of nothing", "index.json has no weight_map: fetch it again"),
         ("an index of too much", "model.safetensors lacks model.layers.3.*which the index says it has"),
         ("another memory", "famjax.json is no memory that famjax knows .*size"),
-        ("weights of another memory", r"safetensors holds .*3, 32.*takes fam_prompt \(2, 32\)"),
+        ("weights of another memory", r"safetensors holds .*3, 32.*takes {'fam_prompt': \(2, 32\)"),
         ("no JSON", "config.json cannot be read .*: fetch it again"),
     ],
 )
