@@ -308,15 +308,12 @@ class Model:
     expected = _state_shapes(self.config, state.position.shape[0])
     if state.recent is not None:
       raise UserError("the state has tokens that are not in its ring yet: settle it first")
-    for field in dataclasses.fields(State):
-      if field.name == "recent":
-        continue
-      ours, theirs = getattr(expected, field.name), getattr(state, field.name)
-      if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
-        have = "missing" if theirs is None else f"{theirs.dtype}{list(theirs.shape)}"
+    ours, theirs = _described(expected), _described(state)
+    for name in ours | theirs:
+      if ours.get(name) != theirs.get(name):
         raise UserError(
-            f"the state is of another model: its {field.name} is {have}, and this model's"
-            f" {ours.dtype}{list(ours.shape)}; begin with init_state of this model"
+            f"the state is of another model: its {name} is {theirs.get(name, 'missing')}, and this"
+            f" model's {ours.get(name, 'missing')}; begin with init_state of this model"
         )
 
   @functools.cached_property
@@ -325,6 +322,13 @@ class Model:
       return nnx.merge(self._engine.graphdef, params)(tokens, state, aligned=aligned)
 
     return jax.jit(read, static_argnums=3)
+
+
+def _described(state: State) -> dict[str, str]:
+  """Dtype and shape of every array by its name, `float32[2, 1]` of `memory.layers.0`."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+  return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 @functools.lru_cache(16)

@@ -96,8 +96,8 @@ class TrainConfig:
       parts = f"{row_parts} devices" + f" and {self.accumulate} microbatches" * (self.accumulate > 1)
       raise UserError(
           f"a batch of {batch_size} rows cannot be dealt out evenly to {parts}: choose a batch size"
-          f" that is a multiple of {self.accumulate * row_parts}, or put devices on the mesh axis"
-          " tensor"
+          f" that is a multiple of {self.accumulate * row_parts}, put devices on the mesh axis tensor,"
+          " or let it see fewer (CUDA_VISIBLE_DEVICES)"
       )
 
 
