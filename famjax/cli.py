@@ -4,12 +4,13 @@ A command is a function that adds its parser and sets `run`, a function of the p
 an exit status. It imports what it needs when it runs, so that `famjax --help` costs nothing.
 
 Exit status: 0 done; 1 the run diverged, or the step does not fit; 2 bad input; 70 an error of the
-program or of another process, with its traceback; 130 interrupted; 143 ended by SIGTERM, or by a notice
-of preemption, and to be started again.
+program or of another process, with its traceback; 74 a full disk or a place out of reach; 130
+interrupted; 143 ended by SIGTERM, or by a notice of preemption, and to be started again.
 """
 
 import argparse
 import importlib
+import pathlib
 import sys
 import traceback
 
@@ -113,20 +114,33 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _add_eval(commands) -> None:
   parser = commands.add_parser(
-      "eval", help="ask a trained model for pass keys",
-      description="Asks the newest checkpoint of a run for pass keys hidden in documents of growing"
-      " length, in constant memory. Takes the arguments that trained the run.",
+      "eval", help="ask a trained model about long texts",
+      description="With --checkpoint, asks its model questions about texts that are made, in constant"
+      " memory: famjax eval --gin_file=gin/eval/ruler.gin --checkpoint=runs/first. It goes on where it"
+      " was stopped. Without, asks the newest checkpoint of a run for pass keys, and takes the"
+      " arguments that trained the run.",
   )  # fmt: skip
   _add_gin_options(parser)
+  parser.add_argument("--checkpoint", metavar="DIR", help="a run's or a Hugging Face directory")
+  parser.add_argument("--out", metavar="DIR", help="of the report; else eval/ in the checkpoint's")
   parser.set_defaults(run=_eval)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
   if not arguments.gin_file:
-    raise UserError("eval needs the files that trained the run: add --gin_file=...")
+    raise UserError(
+        "eval needs the files that trained the run, or gin/eval/ruler.gin and --checkpoint=DIR: add"
+        " --gin_file=..."
+    )
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   configuration.configure(arguments.gin_file, arguments.gin)
+  if arguments.checkpoint:
+    from famjax.evaluation import questions  # pylint: disable=import-outside-toplevel
+
+    name = pathlib.Path(arguments.gin_file[-1]).stem
+    print(questions.table(configuration.ask_from_gin(arguments.checkpoint, arguments.out, name)["score"]))
+    return 0
   result = configuration.evaluate_from_gin()
   for blocks, accuracy in result["accuracy"].items():
     print(f"{blocks:>6} blocks  {accuracy:.3f}")

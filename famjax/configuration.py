@@ -30,11 +30,13 @@ import gin
 import famjax
 from famjax import data
 from famjax.errors import UserError
-from famjax.evaluation import passkey, study
+from famjax.evaluation import passkey, questions, study
+from famjax.inference.model import assemble
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel.mesh import MeshConfig
 from famjax.parallel.placement import AxisRules
 from famjax.training.adoption import model_of
+from famjax.training.checkpoint import load_params
 from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, check, train
 from famjax.training.optimizer import OptimizerConfig
@@ -62,7 +64,7 @@ CONFIGURABLE = {
         data.load_vocabulary, vocabulary_size, model_of,
         data.PassKeyExamples, data.Lengths, data.LongText, data.PairFiles, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,
-        passkey.PassKeyEval, study.Study,
+        data.QuestionExamples, passkey.PassKeyEval, questions.QuestionEval, study.Study,
     )
 }  # fmt: skip
 
@@ -128,6 +130,23 @@ def evaluate_from_gin() -> dict[str, Any]:
   with _gin_errors(kinds=()):
     config = gin.get_configurable("PassKeyEval")()
   return passkey.evaluate_run(arguments["run_dir"], config, arguments["train_reader"])
+
+
+def ask_from_gin(checkpoint: str, out: str | None, name: str) -> dict[str, Any]:
+  """Asks a checkpoint's model what `QuestionEval` says; see `questions.evaluate`.
+
+  Args:
+    checkpoint: as `famjax.load` takes it.
+    out: directory of the report; None: `eval/NAME` in the checkpoint's directory.
+    name: of what is asked.
+  """
+  with _gin_errors(kinds=()):
+    config = gin.get_configurable("QuestionEval")()
+  config.validate()
+  loaded = load_params(checkpoint)
+  about = {"checkpoint": os.path.abspath(checkpoint), "step": loaded.step}
+  place = pathlib.Path(out) if out else pathlib.Path(checkpoint) / "eval" / name
+  return questions.evaluate(assemble(loaded), config, place, about)
 
 
 def study_from_gin(gin_files: list[str], bindings: list[str]) -> None:

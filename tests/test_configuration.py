@@ -24,6 +24,7 @@ REQUIRED = {
 # Files that stack on another run than RUN.
 RUN_OF = {
     **dict.fromkeys(["passkey_examples", "passkey_short"], "gin/runs/passkey.gin"),
+    "questions": "gin/runs/excerpts.gin",
     **dict.fromkeys(["seqio_task", "model_of_checkpoint"], "gin/runs/finetune_flan.gin"),
 }
 
@@ -84,8 +85,9 @@ def test_every_other_file_stacks_on_a_run(path):
 
 def test_no_gin_file_is_left_out():
   found = {path.relative_to(GIN.parent).as_posix() for path in GIN.rglob("*.gin")}
-  folders = ("runs", "families", "models", "memory", "options", "slices")
-  # Of families: tests/test_models.py; of slices, which need their chips: parallel/test_snapshots.py.
+  folders = ("runs", "families", "models", "memory", "options", "slices", "eval")
+  # Of families: tests/test_models.py; of slices, which need their chips: parallel/test_snapshots.py;
+  # of eval: tests/evaluation/test_questions.py.
   assert found == {path for folder in folders for path in files(folder)}
 
 

@@ -14,6 +14,7 @@ from famjax.data.passkey import Lengths
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.passkey import PassKeyExamples
 from famjax.data.prefetch import prefetch
+from famjax.data.questions import QuestionExamples
 from famjax.data.readers import ExampleReader
 from famjax.data.readers import FollowingReader
 from famjax.data.readers import PackedReader
@@ -35,6 +36,7 @@ __all__ = [
     "PairFiles",
     "PassKeyExamples",
     "PassKeyFormat",
+    "QuestionExamples",
     "Reader",
     "Source",
     "TaskExamples",
