@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
+from famjax.model.config import HOW_IT_RUNS
 from famjax.training.storage import list_steps, load_items, quiet, reason
 from famjax.training.storage import with_empty, without_empty
 
@@ -128,7 +129,7 @@ def _check(directory: pathlib.Path, saved, model: Model) -> None:
   ours = _flat(ours) | {"weights": model.fingerprint}
   theirs = _flat(saved["model"]) | {"weights": saved["weights"]}
   for name in dict.fromkeys([*ours, *theirs]):
-    if name != "remat" and theirs.get(name) != ours.get(name):
+    if name not in HOW_IT_RUNS and theirs.get(name) != ours.get(name):
       raise UserError(
           f"session {directory} was made by another model: {name} is {theirs.get(name)} there and"
           f" {ours.get(name)} here; use that model, or another session"

@@ -23,6 +23,8 @@ FAM_WEIGHTS = ("fam_prompt", "fam_prefix")
 MEMORY_WEIGHTS = (*FAM_WEIGHTS, "memory", "memory_layers")
 # Kinds of memory that the decoder itself has; others are `strategy`'s.
 BUILT_IN = ("fam", "bswa", "full")
+# Options of a `ModelConfig` that change no result.
+HOW_IT_RUNS = ("remat", "feedback_unroll")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 
@@ -163,6 +165,8 @@ class ModelConfig:
     compute_dtype: "float32" or "bfloat16", of activations and matrix products.
     param_dtype: dtype of the parameters, but for LoRA's and the FAM's, which are float32.
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
+    feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
+      it turns: all of a call's save copies, and take longer to compile.
     memory: which past a block can see.
   """
 
@@ -196,6 +200,7 @@ class ModelConfig:
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  feedback_unroll: int = 1
   memory: MemoryConfig = MemoryConfig()
 
   def __post_init__(self):
@@ -312,6 +317,7 @@ class ModelConfig:
     _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
     _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, REMAT_POLICIES)
+    _at_least("feedback_unroll", self.feedback_unroll, 1)
     self.memory.validate()
 
   def _validate_kinds(self):

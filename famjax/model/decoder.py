@@ -54,8 +54,9 @@ def apply_layer(
   after = mine._replace(keys=ring.keys, values=ring.values)
   if config.memory.length:  # FAM
     loop = memory.feedback(
-        layer, mine.fam, own.keys, own.values, turns.write, turns.read, first, layout.full
-    )
+        layer, mine.fam, own.keys, own.values, turns.write, turns.read, first, layout.full,
+        unroll=config.feedback_unroll,
+    )  # fmt: skip
     key_sets.insert(-1, KeySet(loop.keys, loop.values))
     fam_keys, fam_values = layer.keys_values(loop.fam, turns.after)
     after = after._replace(fam=loop.fam, fam_keys=fam_keys, fam_values=fam_values)

@@ -103,6 +103,8 @@ def feedback(
     read: Turn,
     first: jax.Array,
     full: jax.Array | None,
+    *,
+    unroll: int = 1,
 ) -> Feedback:
   """The feedback loop over all blocks of a call.
 
@@ -116,6 +118,7 @@ def feedback(
     first: bool `[B]`, whether an update at the first block would be the row's first.
     full: bool `[B, T]`, whether a block's end is reached in this call; a block that is not full
       does not update the FAM. None: all are.
+    unroll: blocks in one turn of the compiled loop.
   """
 
   def step(fam, block):
@@ -131,7 +134,7 @@ def feedback(
   per_block = lambda x: jnp.moveaxis(x, 1, 0)
   keys, values = (per_block(x)[:, :, None] for x in (block_keys, block_values))
   blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full))
-  fam, read_back = jax.lax.scan(step, fam, blocks)
+  fam, read_back = jax.lax.scan(step, fam, blocks, unroll=unroll)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
 
 

@@ -116,7 +116,7 @@ def hidden(
     memory, past = carry
     t, x, full = inputs
     if how.truncate:
-      cut = t % how.truncate == 0
+      cut = (t > 0) & (t % how.truncate == 0)
       memory = jax.tree.map(lambda m: jnp.where(cut, jax.lax.stop_gradient(m), m), memory)
     block = Block(config, position // N + t, state.offset, before, after)
     x = how.inputs(weights, x, memory["model"], block)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from famjax.model import lora
-from famjax.model.config import FAM_WEIGHTS, MEMORY_WEIGHTS, ModelConfig
+from famjax.model.config import FAM_WEIGHTS, HOW_IT_RUNS, MEMORY_WEIGHTS, ModelConfig
 from famjax.parallel.placement import Placement
 from famjax.training import trainable
 from famjax.training.checkpoint import Loaded, check_model, check_vocabulary
@@ -19,7 +19,7 @@ from famjax.training.trainable import join
 _OTHER_MEMORY = tuple(name for name in MEMORY_WEIGHTS if name not in FAM_WEIGHTS)
 _LORA = ("lora_rank", "lora_alpha", "lora_targets")
 # What a checkpoint's model may have otherwise when its parameters start another run.
-MAY_DIFFER = ("memory", "remat", "compute_dtype", "param_dtype", *_LORA)
+MAY_DIFFER = ("memory", *HOW_IT_RUNS, "compute_dtype", "param_dtype", *_LORA)
 
 
 def model_of(
@@ -29,7 +29,7 @@ def model_of(
 
   Args:
     checkpoint: as `TrainConfig.init_checkpoint`.
-    options: memory, LoRA, compute_dtype and remat are taken from it, and nothing else.
+    options: memory, LoRA, dtype and how it runs are taken from it, and nothing else.
     param_dtype: of the new run; None: the checkpoint's.
 
   Raises:

@@ -28,7 +28,7 @@ from famjax.convert import hf
 from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
-from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.config import HOW_IT_RUNS, MemoryConfig, ModelConfig
 from famjax.parallel import processes
 from famjax.parallel.placement import Placement
 from famjax.training import parameters, run_directory
@@ -256,7 +256,7 @@ def _check_run(path: pathlib.Path, saved: About, wanted: About) -> None:
         f"checkpoint {path} is of a run that trains {saved.trainable!r}, not {wanted.trainable!r}:"
         " start another run with TrainConfig.init_checkpoint"
     )
-  check_model(path, saved.model, wanted.model, ignore=("remat",))
+  check_model(path, saved.model, wanted.model, ignore=HOW_IT_RUNS)
   check_vocabulary(path, saved.vocabulary, wanted.vocabulary)
 
 

@@ -15,12 +15,15 @@ from typing import Any
 from etils import epath
 
 from famjax.errors import UserError
+from famjax.model.config import HOW_IT_RUNS
 from famjax.training.config import MAY_CHANGE
 from famjax.training.metrics import write_text
 from famjax.training.optimizer import DECAYING
 
 # Settings by the name that they have in gin that change no step of training.
-_FREE = {"train.run_dir", "train.eval_reader", "ModelConfig.remat", "model_of.checkpoint"}
+_FREE = {"train.run_dir", "train.eval_reader", "model_of.checkpoint"}
+_FREE |= {f"ModelConfig.{name}" for name in HOW_IT_RUNS}
+_FREE_OF_MODEL = {f"model.{name}" for name in HOW_IT_RUNS}
 _FREE |= {f"TrainConfig.{name}" for name in MAY_CHANGE}
 
 
@@ -116,7 +119,7 @@ def _is_free(name: str) -> bool:
   kind, _, field = name.partition(".")
   if kind == "gin":
     return field in _FREE or field.startswith(("eval/", "MeshConfig.", "AxisRules."))
-  return (kind == "train" and field in MAY_CHANGE) or name == "model.remat"
+  return (kind == "train" and field in MAY_CHANGE) or name in _FREE_OF_MODEL
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,14 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
         MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"), dict(follow_rows=True),
         ("one device", "mixed", "moved"),
     ),
+    "a memory of another kind, rows followed": (
+        dataclasses.replace(
+            MODEL,
+            memory=dataclasses.replace(MODEL.memory, kind="infini", memory_segments=1),
+            feedback_unroll=2,
+        ),
+        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed", "moved"),
+    ),
 }  # fmt: skip
 MESHES = {
     "one device": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8),

@@ -70,6 +70,25 @@ def test_norms_biases_and_prompt_are_not_decayed():
   assert [n for n in names if mask[n]] == ["kernel", "embedding"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_rate_of_its_own(name):
+  """Gates that begin at 0 move ten times as far as others would, whatever their size, undecayed."""
+  params = {"kernel": jnp.full((4, 4), 2.0), "memory_gate": jnp.zeros(4)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  config = OptimizerConfig(
+      name=name, b1=0.0, clip_norm=0.0, learning_rate=0.1, weight_decay=0.5,
+      own_rates={"memory_gate": 10.0},
+  )  # fmt: skip
+  config.validate()
+  optimizer = make_optimizer(config, 10)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["memory_gate"], -1.0, rtol=1e-5)
+  plain = 2.0 if name == "adafactor" else 1.0  # its update is as large as the parameter
+  np.testing.assert_allclose(updates["kernel"], -0.1 * (plain + 0.5 * 2), rtol=1e-5)
+  with pytest.raises(UserError, match="memory_gate has 0.0"):
+    OptimizerConfig(own_rates={"memory_gate": 0.0}).validate()
+
+
 @pytest.mark.parametrize(
     "change",
     [
