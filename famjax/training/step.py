@@ -11,7 +11,7 @@ import optax
 from famjax.model import axes
 from famjax.model.config import ModelConfig
 from famjax.model.rope import wavelength
-from famjax.model.state import State, empty_state, restart
+from famjax.model.state import State, axes_of, empty_state, restart
 from famjax.parallel.placement import Placement
 from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, distillation_loss, next_token_loss
@@ -225,25 +225,29 @@ def split_rows(tree, parts: int):
   Part `i` has the rows `i`, `i + parts`, ...: each has as many of the rows of every device.
   """
 
-  def cut(x):
-    axis = _row_axis(x)
+  def cut(x, axis):
     shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
-  return jax.tree.map(cut, tree)
+  return jax.tree.map(cut, tree, _row_axes(tree))
 
 
 def join_rows(tree):
   """The inverse of `split_rows`."""
 
-  def join(x):
-    axis = _row_axis(x[0])
+  def join(x, axis):
     x = jnp.moveaxis(x, 0, axis + 1)
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
-  return jax.tree.map(join, tree)
+  return jax.tree.map(join, tree, _row_axes(tree))
 
 
-def _row_axis(x: jax.Array) -> int:
-  """Rows come first in a batch, `[B]` or `[B, S]`; a State's rings and FAM are `[L, B, ...]`."""
-  return 0 if x.ndim <= 2 else 1
+def _row_axes(tree):
+  """For every leaf the axis that its rows lie on: a `State`'s names say it; elsewhere the first."""
+
+  def of(part):
+    if isinstance(part, State):
+      return jax.tree.map(lambda _, names: names.index("batch"), part, axes_of(part))
+    return jax.tree.map(lambda _: 0, part)
+
+  return jax.tree.map(of, tree, is_leaf=lambda part: isinstance(part, State))

@@ -134,6 +134,22 @@ def test_rows_are_split_and_joined(parts):
   toy.assert_equal(join_rows(cut), tree)
 
 
+@pytest.mark.parametrize("kind", ["rmt", "infini"])
+def test_microbatches_of_followed_rows_with_another_memory(kind):
+  """Rows lie on the first axis of some leaves of such a state and on the second of others."""
+  memory = dataclasses.replace(toy.MODEL.memory, kind=kind)
+  model = dataclasses.replace(toy.MODEL, memory=memory)
+  found = []
+  for parts in (1, 2):
+    config = dataclasses.replace(toy.TRAIN, accumulate=parts, follow_rows=True)
+    state, step = toy.setting(model, config)
+    state, _, metrics = toy.run(state, step, toy.ToyReader(), 3)
+    found.append((state.carry, [m["loss"] for m in metrics]))
+  # Float32 sums in another order.
+  same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(same, *found)
+
+
 def test_evaluation_follows_rows():
   config = change(toy.TRAIN, follow_rows=True)
   graphdef, params = split(Decoder(toy.MODEL, rngs=nnx.Rngs(0)))
