@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
   for add in (
-      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_chat, _add_convert,
-      _add_compile,
+      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_look, _add_chat,
+      _add_convert, _add_compile,
   ):  # fmt: skip
     add(commands)
   return parser
@@ -210,6 +210,20 @@ def _add_score(commands) -> None:
   parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
   parser.add_argument("--tokens", action="store_true", help="a JSON line for every token")
   parser.set_defaults(run=_not_by_gin(_INFERENCE, "score"))
+
+
+def _add_look(commands) -> None:
+  parser = commands.add_parser(
+      "look", help="see how a FAM is written and read",
+      description="Reads a text and draws what attention does with the FAM, layer by layer (Fig. 11)."
+      " Example: famjax look runs/books --file=book.txt --out=runs/books/look",
+  )  # fmt: skip
+  _add_model(parser)
+  parser.add_argument("--text", metavar="TEXT", help="the text")
+  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
+  parser.add_argument("--blocks", type=int, default=8, help="of the text that are read (8)")
+  parser.add_argument("--out", metavar="DIR", default="look", help="of fam.json and fam.png (look)")
+  parser.set_defaults(run=_not_by_gin("famjax.evaluation.diagnostics", "command"))
 
 
 def _add_chat(commands) -> None:

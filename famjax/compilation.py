@@ -69,7 +69,7 @@ def compile_command(arguments: argparse.Namespace) -> int:
   devices = topology.devices_of(arguments.topology, arguments.slices)
   run = Run(**configuration.run_from_gin(arguments.gin_file, arguments.gin))
   if None in (run.model, run.batch_size, run.length):
-    raise UserError("the gin files describe no run: begin with one of gin/runs/, which has a reader")
+    raise UserError("the gin files describe no run with a reader: begin with one of gin/runs/")
   found = {"topology": arguments.topology, "slices": arguments.slices, "step": arguments.step}
   found |= compiled(run, arguments.step, devices)
   if arguments.out:
@@ -125,7 +125,8 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
   used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
   memory = found["memory_bytes"]
   if memory and used > memory:  # the compiler has packed it in, and calls it more than there is
-    found |= {"fits": False, "why": f"{_size(used)} in all are more than the chip's {_size(memory)}"}
+    why = f"{_size(used)} in all are more than the chip's {_size(memory)}"
+    found |= {"fits": False, "why": why}
   text = program.as_text()
   return found | {
       "bytes_per_chip": parts | {"used": used},

@@ -1,7 +1,7 @@
 """Questions about long texts that are made, not fetched: a text of any length and its answers.
 
-A task is a function of random numbers and an amount of filler, whose text grows with that; `fit` finds
-the amount for a number of tokens. RULER's six (Hsieh et al. 2024, arXiv 2404.06654) that need no
+A task is a function of random numbers and an amount of filler, whose text grows with that; `ask`
+finds the amount for a number of tokens. RULER's six (Hsieh et al. 2024, arXiv 2404.06654) that need no
 other texts are written as its own generator has them; its words are made of syllables here, since
 its word lists are a download. Remember and Rewrite are those of ARMT (arXiv 2407.04841).
 """
@@ -151,7 +151,7 @@ def common_words(rng: np.random.Generator, units: int) -> Question:
 
 
 def frequent_words(rng: np.random.Generator, units: int, alpha: float = 2.0) -> Question:
-  """RULER's fwe: the three most frequent of coded words, whose frequency falls with rank ** -alpha."""
+  """RULER's fwe: the three most frequent of words, whose frequency falls with rank ** -alpha."""
   count = 10 * (units + 1)
   words = _words(rng, 50)
   times = np.arange(1, len(words) + 1) ** -alpha
@@ -218,7 +218,8 @@ def state_tracking(rng: np.random.Generator, units: int) -> Question:
   thing = draw(_THINGS)
   holder = held_by[thing]
   text = "\n".join(_hidden_among(rng, [NOISE] * units, facts))
-  return Question(f"{text}\nWhere is the {thing}? It is in the", (where[holder] if holder else lies[thing],))
+  place = where[holder] if holder else lies[thing]
+  return Question(f"{text}\nWhere is the {thing}? It is in the", (place,))
 
 
 def repeat_segment(rng: np.random.Generator, units: int) -> Question:

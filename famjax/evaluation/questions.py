@@ -1,6 +1,6 @@
 """Questions about texts of any length (`famjax.data.questions`), read in constant memory.
 
-What was answered is written line by line, so that an evaluation that is stopped goes on where it was:
+What was answered is written line by line, so that an evaluation goes on where it was stopped:
 
     answers.jsonl   a line for each question: task, length, index, score, what was said
     report.json     shares by task and length, and what they were measured on
@@ -85,8 +85,8 @@ def evaluate(model: Model, config: QuestionEval, out: pathlib.Path, about: dict)
         found.setdefault(task, {}).setdefault(length, {})[index] = score
       file.flush()
       scores = found[task][length].values()
-      print(f"{task} {length:,} tokens: {len(scores)}/{config.samples}  {statistics.mean(scores):.3f}",
-            file=sys.stderr, flush=True)  # fmt: skip
+      done = f"{len(scores)}/{config.samples}  {statistics.mean(scores):.3f}"
+      print(f"{task} {length:,} tokens: {done}", file=sys.stderr, flush=True)
   shares = {
       task: {
           str(length): statistics.mean(found[task][length][i] for i in range(config.samples))
@@ -94,7 +94,8 @@ def evaluate(model: Model, config: QuestionEval, out: pathlib.Path, about: dict)
       }
       for task in config.tasks
   }
-  result = {"score": shares, "asked": dataclasses.asdict(config), "of": about, "machine": report.machine()}
+  asked = dataclasses.asdict(config)
+  result = {"score": shares, "asked": asked, "of": about, "machine": report.machine()}
   report.write_json(out / "report.json", result)
   (out / "report.md").write_text(table(shares) + "\n", encoding="utf-8")
   _plot(shares, out / "report.png")
@@ -133,14 +134,16 @@ def _answered(out: pathlib.Path, about: dict) -> dict:
   of, answers, found = out / "of.json", out / "answers.jsonl", {}
   about = json.loads(json.dumps(about))
   if of.exists() and json.loads(of.read_text(encoding="utf-8")) != about:
-    raise UserError(f"{out} holds the answers of {of.read_text().strip()}: name another --out")
+    theirs = of.read_text(encoding="utf-8").strip()
+    raise UserError(f"{out} holds the answers of {theirs}: name another --out")
   of.write_text(json.dumps(about) + "\n", encoding="utf-8")
   if answers.exists():
     whole = answers.read_text(encoding="utf-8")
     whole = whole[: whole.rfind("\n") + 1]  # the last line may have been cut
     answers.write_text(whole, encoding="utf-8")
     for line in map(json.loads, whole.splitlines()):
-      found.setdefault(line["task"], {}).setdefault(line["length"], {})[line["index"]] = line["score"]
+      of_task = found.setdefault(line["task"], {})
+      of_task.setdefault(line["length"], {})[line["index"]] = line["score"]
   return found
 
 

@@ -34,7 +34,7 @@ def generate(arguments: argparse.Namespace) -> int:
     return _generate_many(arguments)
   model = load(arguments.model)
   after = session.load(arguments.session, model) if arguments.session else None
-  prompt = _text(arguments.prompt, arguments.file, needed=after is None)
+  prompt = text_of(arguments.prompt, arguments.file, needed=after is None)
   with _interrupts() as asked:
     stream = _read_prompt(model, prompt, after, arguments, asked)
     try:
@@ -122,7 +122,7 @@ def _template(model: Model) -> chat_templates.ChatTemplate | None:
 
 def _requests(path: str, defaults: dict) -> Iterator[_Line]:
   """The lines of a file of JSON lines, each checked before anything is written."""
-  for number, line in enumerate(_text(None, path, needed=True).split("\n"), 1):
+  for number, line in enumerate(text_of(None, path, needed=True).split("\n"), 1):
     where = f"{path}, line {number}"
     if not line.strip():
       continue
@@ -159,7 +159,7 @@ def _requests(path: str, defaults: dict) -> Iterator[_Line]:
 def score(arguments: argparse.Namespace) -> int:
   """Says how probable a text is."""
   model = load(arguments.model)
-  text = _text(arguments.text, arguments.file, needed=True)
+  text = text_of(arguments.text, arguments.file, needed=True)
   with _progress(len(text)) as progress:
     result = model.score(text, progress=progress)
   known = result.log_probs[~np.isnan(result.log_probs)].astype(np.float64)
@@ -322,7 +322,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
   return {name: getattr(arguments, name) for name in (*_SAMPLING, *_LIMITS)}
 
 
-def _text(text: str | None, path: str | None, *, needed: bool) -> str:
+def text_of(text: str | None, path: str | None, *, needed: bool) -> str:
   """The text that was given: as it is, from a file, or from standard input ("-")."""
   if text is not None and path is not None:
     raise UserError("a text and a file were given: leave one of them out")

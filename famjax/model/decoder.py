@@ -217,7 +217,7 @@ class Decoder(nnx.Module):
     if state.recent is not None and (starting or not layout.within):
       raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
     kinds = [config.of_kind(kind) for kind in config.kinds()]
-    turns_of_kinds = [_turns(layout, state.offset, kind) for kind in kinds]
+    turns_of_kinds = [turns_of(layout, state.offset, kind) for kind in kinds]
     first = state.fam_updates == 0
 
     def body(kind, carry, layer, prefix, mine):
@@ -322,7 +322,8 @@ class Decoder(nnx.Module):
     return hasattr(self, name)
 
 
-def _turns(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
+def turns_of(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
+  """The rotations of a call, for layers of one kind; `offset` int32 `[B]` is the rows'."""
   N, frequency = config.memory.block_size, rope.frequencies(config)
   turn = lambda positions, fraction=0.0: rope.rotation(positions, frequency, fraction)
   fam_turn = lambda block, offset: turn(*rope.fam_positions(block, offset, config.memory))

@@ -36,7 +36,7 @@ def make_weights(how: Strategy, config: ModelConfig, rngs: nnx.Rngs):
 
 
 def empty_memory(config: ModelConfig, batch_size: int) -> Any:
-  """Zeros of the shapes of a strategy's memory: of each layer `[L, B, ...]`, of the model `[B, ...]`."""
+  """A strategy's memory, all zeros: of each layer `[L, B, ...]`, of the model `[B, ...]`."""
   how, L, B = strategy.of(config.memory), config.num_layers, batch_size
 
   def one():
@@ -154,7 +154,7 @@ def hidden(
 
 
 def _layers(decoder):
-  """All layers' weights and the strategy's, as a scan takes them; and what makes modules of a part."""
+  """All layers' weights, as a scan takes them, and what makes modules of one layer's part."""
   graph, weights = nnx.split(decoder.layers)
   own_graph, own = nnx.split(getattr(decoder, "memory_layers", None))
 
@@ -181,7 +181,7 @@ def _choose(rows: jax.Array, axis: int):
 
 
 def _seen(past: Segments, block: Block, config: ModelConfig) -> tuple[KeySet, ...]:
-  """The memory segments `[B, K, M, N, d]` of a layer as keys; those before a row's start are hidden."""
+  """A layer's memory segments `[B, K, M, N, d]` as keys; none before a row's start is seen."""
   B, K, M, N, d = past.keys.shape
   if not M:
     return ()

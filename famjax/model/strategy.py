@@ -204,8 +204,8 @@ def _make(kind: str, options: tuple[tuple[str, Any], ...]) -> Strategy:
       raise UserError(f"memory kind {kind!r} cannot be imported: {e}") from e
   if cls is None:
     raise UserError(
-        f"memory kind {kind!r} is unknown; choose one of {', '.join((*BUILT_IN, *_KINDS))}, or import"
-        " the module that registers it"
+        f"memory kind {kind!r} is unknown; choose one of {', '.join((*BUILT_IN, *_KINDS))}, or"
+        " import the module that registers it"
     )
   fields = [field.name for field in dataclasses.fields(cls)]
   for option, _ in options:

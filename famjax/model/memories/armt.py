@@ -6,7 +6,9 @@ z `[6 r]`, which it reads for every vector of its input, and writes from what be
     x      = x + A phi(W_q x) / (z . phi(W_q x))                    read, then the layer
     v'     = A phi(k) / (z . phi(k))      k = W_k m, v = W_v m      what is there already
     A     += beta (v - v') phi(k)^T       beta = sigmoid(W_b m)     delta rule
-    z     += gamma phi(k)                 gamma = 1 - z . phi(k) / |phi(k)|^2, within 0 to 1, no gradient
+    z     += gamma phi(k)                 gamma = 1 - z . phi(k) / |phi(k)|^2
+
+gamma stays within 0 to 1, and has no gradient.
 
 phi is DPFP-3: with y = [relu(x); relu(-x)], the products of y with itself turned by 1, 2 and 3
 places. P is `MemoryConfig.fam_length`, r is `width`. Added: P x D, and in every layer

@@ -1,18 +1,18 @@
 """FAM from block to block, with the paper's variants that the decoder's own FAM leaves out.
 
-With none of its options it is the FAM of Algorithm 2, slower: the decoder has that one as "fam". F is
-`MemoryConfig.fam_length`; a FAM stands at the last F places of its block. Added: the prompt, F x D.
+With none of its options it is the FAM of Algorithm 2, slower: the decoder has that one as "fam". F
+is `MemoryConfig.fam_length`; a FAM stands at the last F places of its block. Added: the prompt.
 
     previous     tokens see the FAMs of so many blocks (B.4.2, Table 6)
     static       summary queries (SUM FAM, C.3): the FAM is written by the initial FAM's queries and
                  onto the initial FAM in every block; what was goes on through its keys and values
                  alone. There is no copy of the FAM before:
                  F_t = close(attention(Q(S), [K(F_{t-1}), K(x)]), S)
-    diversity    times sum_k p_k log p_k, p the attention of a block averaged over its queries, tokens
-                 and FAM, and heads (C.4, Eq. 2b); summed over layers, averaged over blocks
+    diversity    times sum_k p_k log p_k, p the attention of a block averaged over its queries,
+                 tokens and FAM, and heads (C.4, Eq. 2b); summed over layers, averaged over blocks
     reconstruct  times the mean square of what the block's queries read from the new FAM alone less
-                 what they read from the block, which gets no gradient (C.5; the paper says no more than
-                 that outputs are made again from the FAM and the block's queries)
+                 what they read from the block, which gets no gradient (C.5; the paper says no more
+                 than that outputs are made again from the FAM and the block's queries)
 """
 
 import dataclasses
@@ -75,7 +75,8 @@ class Feedback(strategy.Strategy):
     """The initial FAM of B.1: newest of the `previous`, the others are yet to be."""
     F, zero = config.memory.fam_length, jnp.zeros(1, jnp.int32)
     fams = jnp.zeros((self.previous, *climbing.shape), climbing.dtype).at[0].set(climbing)
-    turn = jax.tree.map(lambda x: x[0], strategy.Block(config, zero, zero, 0, 0).turn(jnp.arange(-F, 0)))
+    before = strategy.Block(config, zero, zero, 0, 0).turn(jnp.arange(-F, 0))
+    turn = jax.tree.map(lambda x: x[0], before)
     return (fams, climbing), fam_memory.climb(layer, climbing, turn)
 
   def layer(self, own, layer, x, memory, block):
@@ -115,7 +116,8 @@ class Feedback(strategy.Strategy):
       entropy = -(mean * jnp.log(jnp.maximum(mean, 1e-9))).sum(-1)
       total = -self.diversity * entropy
     if self.reconstruct:
-      place = jnp.arange(block.config.memory.block_size - new.shape[1], block.config.memory.block_size)
+      N = block.config.memory.block_size
+      place = jnp.arange(N - new.shape[1], N)
       made = layer.keys_values(new, block.turn(place))
       again = attend(queries[:, None], [KeySet(*(part[:, None] for part in made))], layer.cap)
       true = jax.lax.stop_gradient(attend(queries[:, None], [causal], layer.cap))

@@ -1,7 +1,7 @@
 """MELODI's short-term memory (Chen et al. 2024, arXiv 2410.03156).
 
-S summary vectors stand behind a block's tokens, and begin anew in every block, from learned ones. In
-each layer tokens and summaries `[x; u]` see what the layer kept of the block before, as keys:
+S summary vectors stand behind a block's tokens, and begin anew in every block, from learned ones.
+In each layer tokens and summaries `[x; u]` see what the layer kept of the block before, as keys:
 
     [x'; u'] = layer([x; u]), seeing [short_{t-1}; x; u], causal
     short_t  = Mix([x'; u']) + u'       what the layer keeps

@@ -1,8 +1,8 @@
 """Memory tokens at the model's ends: Recurrent Memory Transformer, and AutoCompressors.
 
-Recurrent Memory Transformer (Bulatov et al. 2022, arXiv 2207.06881): P vectors stand before a block's
-tokens and, the same ones, behind them; what the last layer makes of those behind them stands in both
-places of the next block.
+Recurrent Memory Transformer (Bulatov et al. 2022, arXiv 2207.06881): P vectors stand before a
+block's tokens and, the same ones, behind them; what the last layer makes of those behind them
+stands in both places of the next block.
 
     y_t = decoder([m_t; x_t; m_t])        causal      m_{t+1} = norm(y_t)[-P:]
 

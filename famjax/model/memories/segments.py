@@ -2,8 +2,8 @@
 
     x' = layer(x), its queries seeing [K(x'_{t-M}) .. K(x'_{t-1}), K(x)], values likewise
 
-BSWA whose memory segments are made of what the layer gave for the last M blocks, in place of what it
-was given: every key holds what its token has seen, so that the receptive field has no end. No
+BSWA whose memory segments are made of what the layer gave for the last M blocks, in place of what
+it was given: every key holds what its token has seen, so that the receptive field has no end. No
 weights are added. The paper finds it better than BSWA at PassKey and far from FAM (Fig. 9).
 """
 
