@@ -5,7 +5,9 @@ the compiler. The profile `ci` (HYPOTHESIS_PROFILE=ci) draws the same examples o
 default one looks for new ones.
 """
 
+import gc
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: less of the compiler's work makes them a third shorter. With
@@ -14,6 +16,8 @@ _FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 os.environ.setdefault("XLA_FLAGS", _FAST)
 
 import hypothesis  # pylint: disable=wrong-import-position
+import jax  # pylint: disable=wrong-import-position
+import pytest  # pylint: disable=wrong-import-position
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -23,3 +27,16 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_collection_modifyitems(items):
   """Fast tests first; those marked `slow` after them, in their own order."""
   items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+  """Lets compiled programs go when there are many: a process may map 65,530 pieces of memory on Linux.
+
+  Past that the compiler ends with a segmentation fault.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_text(encoding="utf-8").count("\n") > 25_000:
+    jax.clear_caches()
+    gc.collect()
