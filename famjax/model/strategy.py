@@ -156,6 +156,15 @@ class Strategy:
     return memory
 
 
+def need_vectors(config: MemoryConfig) -> None:
+  """Raises UserError where a memory of F vectors is given none."""
+  if config.fam_length < 1:
+    raise UserError(
+        f"fam_length is {config.fam_length}: the memory {config.kind!r} is made of so many vectors;"
+        " use at least 1"
+    )
+
+
 def param(value: jax.Array) -> nnx.Param:
   """A parameter that every device has all of."""
   return nnx.Param(value, axes=(None,) * value.ndim)

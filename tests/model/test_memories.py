@@ -397,6 +397,12 @@ def test_truncate_leaves_the_first_block_its_learned_memory(truncate):
   assert reached(config, 0)[1]
 
 
+@pytest.mark.parametrize("kind", ["rmt", "autocompressors", "melodi", "armt", "feedback"])
+def test_a_memory_of_no_vectors_is_refused(kind):
+  with pytest.raises(UserError, match="fam_length"):
+    rival(kind, length=0).validate()
+
+
 def test_unknown_names_are_named_with_the_choices():
   with pytest.raises(UserError, match="rmtt.*bswa.*rmt.*infini"):
     rival("rmtt").validate()

@@ -54,6 +54,7 @@ class AssociativeMemory(strategy.Strategy):
   truncate: int = 0
 
   def validate(self, config):
+    strategy.need_vectors(config)
     if self.width < 1:
       raise UserError(f"memory option width is {self.width}; it must be at least 1")
 

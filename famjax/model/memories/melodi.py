@@ -56,6 +56,9 @@ class ShortMemory(strategy.Strategy):
 
   truncate: int = 0
 
+  def validate(self, config):
+    strategy.need_vectors(config)
+
   def extra(self, config):
     return 0, config.fam_length
 

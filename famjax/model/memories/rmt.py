@@ -51,6 +51,9 @@ class RecurrentMemory(strategy.Strategy):
 
   truncate: int = 0
 
+  def validate(self, config):
+    strategy.need_vectors(config)
+
   def extra(self, config):
     return config.fam_length, config.fam_length
 
@@ -84,6 +87,7 @@ class AutoCompressors(strategy.Strategy):
   truncate: int = 0
 
   def validate(self, config):
+    strategy.need_vectors(config)
     if self.most < 1:
       raise UserError(f"memory option most is {self.most}; it must be at least 1")
 
