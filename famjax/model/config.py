@@ -63,7 +63,8 @@ class MemoryConfig:
 
   def __post_init__(self):
     items = self.options.items() if isinstance(self.options, dict) else self.options
-    object.__setattr__(self, "options", tuple(sorted((k, v) for k, v in items)))
+    frozen = lambda value: tuple(map(frozen, value)) if isinstance(value, list) else value
+    object.__setattr__(self, "options", tuple(sorted((k, frozen(v)) for k, v in items)))
 
   @property
   def length(self) -> int:

@@ -216,16 +216,28 @@ def _make(kind: str, options: tuple[tuple[str, Any], ...]) -> Strategy:
         f"memory kind {kind!r} is unknown; choose one of {', '.join((*BUILT_IN, *_KINDS))}, or"
         " import the module that registers it"
     )
-  fields = [field.name for field in dataclasses.fields(cls)]
-  for option, _ in options:
+  fields = {field.name: field.default for field in dataclasses.fields(cls)}
+  for option, value in options:
     if option not in fields:
       raise UserError(
           f"memory option {option!r} is unknown to {kind!r}; it has {', '.join(fields) or 'none'}"
       )
+    _check_option(option, value, fields[option])
   try:
     return cls(**dict(options))
   except (TypeError, ValueError) as e:
     raise UserError(f"memory kind {kind!r}: {e}") from e
+
+
+def _check_option(name: str, value: Any, default: Any) -> None:
+  """Raises UserError for a value of another type than the default's, or a number below 0."""
+  if default is dataclasses.MISSING:
+    return
+  allowed = (int, float) if type(default) is float else (type(default),)
+  if type(value) not in allowed:
+    raise UserError(f"memory option {name} is {value!r}: it must be {type(default).__name__}")
+  if type(value) in (int, float) and value < 0:
+    raise UserError(f"memory option {name} is {value}: it must not be negative")
 
 
 def of(memory: MemoryConfig) -> Strategy | None:

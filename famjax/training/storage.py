@@ -34,17 +34,20 @@ def newest_whole(
 
   Args:
     steps: in rising order; where there are several processes, those that the first one sees.
-    read: of a step. Its UserError is raised; anything else means that the step is not whole.
+    read: of a step. Its UserError is raised, in all processes; anything else that it raises means
+      that the step is not whole.
   """
   broken = []
   for step in processes.of_first(steps[::-1]):
-    found = why = None
+    found = why = wrong = None
     try:
       found = read(step)
-    except UserError:
-      raise
+    except UserError as error:
+      wrong = error
     except Exception as error:  # pylint: disable=broad-exception-caught
       why = reason(error)  # a cut file raises anything
+    if processes.any_of_us(wrong is not None):  # all of them end, and none waits for another
+      raise wrong or UserError(f"step {step}: another process cannot use it, and says why")
     if not processes.any_of_us(why is not None):
       return step, found, broken
     broken.append((step, why or "another process cannot read it"))

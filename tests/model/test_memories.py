@@ -403,6 +403,16 @@ def test_a_memory_of_no_vectors_is_refused(kind):
     rival(kind, length=0).validate()
 
 
+@pytest.mark.parametrize("kind, option, value", [
+    ("rmt", "truncate", "2"), ("rmt", "truncate", -1), ("rmt", "truncate", [2]),
+    ("rmt", "truncate", None), ("autocompressors", "most", 2.0), ("feedback", "static", "no"),
+    ("feedback", "diversity", "x"), ("feedback", "previous", True),
+])  # fmt: skip
+def test_an_option_of_a_wrong_type_is_named(kind, option, value):
+  with pytest.raises(UserError, match=f"memory option {option} is"):
+    rival(kind, options={option: value}).validate()
+
+
 def test_unknown_names_are_named_with_the_choices():
   with pytest.raises(UserError, match="rmtt.*bswa.*rmt.*infini"):
     rival("rmtt").validate()
