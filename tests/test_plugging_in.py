@@ -21,6 +21,7 @@ def test_a_memory_from_outside_trains_goes_on_and_writes(tmp_path, monkeypatch):
   (tmp_path / "mean.gin").write_text(blocks[1])
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.chdir(tmp_path)
+  strategy.of(famjax.MemoryConfig("rmt"))  # registers those of the package, for good
   monkeypatch.setattr(strategy, "_KINDS", dict(strategy._KINDS))  # pylint: disable=protected-access
   run = [
       "train", "--gin_file=gin/runs/long_text.gin", "--gin_file=gin/models/tiny.gin",
