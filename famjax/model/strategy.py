@@ -216,13 +216,12 @@ def _make(kind: str, options: tuple[tuple[str, Any], ...]) -> Strategy:
         f"memory kind {kind!r} is unknown; choose one of {', '.join((*BUILT_IN, *_KINDS))}, or"
         " import the module that registers it"
     )
-  fields = {field.name: field.default for field in dataclasses.fields(cls)}
-  for option, value in options:
+  fields = [field.name for field in dataclasses.fields(cls)]
+  for option, _ in options:
     if option not in fields:
       raise UserError(
           f"memory option {option!r} is unknown to {kind!r}; it has {', '.join(fields) or 'none'}"
       )
-    _check_option(option, value, fields[option])
   try:
     return cls(**dict(options))
   except (TypeError, ValueError) as e:
@@ -246,4 +245,10 @@ def of(memory: MemoryConfig) -> Strategy | None:
   Raises:
     UserError: the kind or an option is unknown.
   """
-  return None if memory.kind in BUILT_IN else _make(memory.kind, memory.options)
+  if memory.kind in BUILT_IN:
+    return None
+  found = _make(memory.kind, memory.options)
+  defaults = {field.name: field.default for field in dataclasses.fields(found)}
+  for option, value in memory.options:  # for the cache 2, 2.0 and True are one
+    _check_option(option, value, defaults[option])
+  return found
