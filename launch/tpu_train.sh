@@ -219,7 +219,7 @@ sync_tree() {
 
 setup() {
   local copy=""
-  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && gcloud storage rsync --recursive %q data && ' "$data"
+  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && { gcloud storage rsync --recursive %q data || exit 75; } && ' "$data"
   everywhere setup "${copy}cd famjax && launch/tpu_worker.sh setup"
 }
 stop_run() { everywhere stop 'cd famjax && launch/tpu_worker.sh stop'; }

@@ -305,11 +305,15 @@ class QuestionExamples:
       raise UserError(f"questions of {low} to {high} tokens: use 1 <= low <= high")
     self.vocabulary, self.longest = vocabulary, high
     self._task, self._low = task, low
-    ask(task, vocabulary, low, 0, 0)  # raises if there is no such text
+    for index in range(32):  # raises if there is no such text; some are longer than others
+      ask(task, vocabulary, low, 0, index)
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`."""
     del step
     length = int(generator(seed, index, 4).integers(self._low, self.longest, endpoint=True))
-    question = ask(self._task, self.vocabulary, length, seed, index)
+    try:
+      question = ask(self._task, self.vocabulary, length, seed, index)
+    except UserError:  # this one is longer than most
+      question = ask(self._task, self.vocabulary, self.longest, seed, index)
     return join_texts(self.vocabulary, question.text, question.target)

@@ -64,6 +64,8 @@ def look(decoder: Decoder, tokens: np.ndarray) -> list[Look]:
   T = len(tokens) // N
   if not config.memory.length:
     raise UserError(f"the memory is {config.memory.kind!r}, which has no FAM to look at")
+  if config.memory.window is not None or "local" in config.kinds():
+    raise UserError("layers with a window are not drawn yet: look at a model without one")
   if not T:
     raise UserError(f"{len(tokens)} tokens are less than a block of {N}: give a longer text")
   state = empty_state(config, 1, past=False)

@@ -71,6 +71,8 @@ def evaluate(model: Model, config: QuestionEval, out: pathlib.Path, about: dict)
   """
   config.validate()
   model.config.memory.check_context(max(config.lengths))
+  for task in config.tasks:  # found out before anything is asked
+    ask(task, model.vocabulary, min(config.lengths), _SEED + config.seed, 0)
   about = about | {"seed": config.seed}
   found = _answered(out, about)
   with open(out / "answers.jsonl", "a", encoding="utf-8") as file:

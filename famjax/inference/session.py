@@ -20,7 +20,7 @@ from famjax.model.config import HOW_IT_RUNS
 from famjax.training.storage import list_steps, load_items, quiet, reason
 from famjax.training.storage import with_empty, without_empty
 
-FORMAT = 2  # raised when a State changes its meaning
+FORMAT = 3  # raised when a State changes its meaning
 
 
 def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:

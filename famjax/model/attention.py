@@ -48,6 +48,7 @@ def attend(
   # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
   # copies the keys on a CPU, five times the work of a decoding step.
   queries = queries.reshape(B, T, K, G * n, d)
+  key_sets = [one for one in key_sets if one.keys.shape[3]]  # none has a maximum of nothing
   scores = []  # float32 [B, t, K, G, n, m]
   for keys, _, mask in key_sets:
     t = keys.shape[1]

@@ -38,7 +38,7 @@ from famjax.training.train_state import Params, TrainState, abstract, param_axes
 from famjax.training.trainable import join, part
 
 _MARKER = "commit_success.txt"
-_VERSION = 3  # of what `training` and `base` hold
+_VERSION = 4  # of what `training` and `base` hold
 OWN_TOKENIZER = "tokenizer"  # a vocabulary's name: that directory beside the checkpoints
 
 
@@ -146,10 +146,13 @@ class Checkpoints:
       UserError: there are checkpoints, but none is whole; or one is of another model.
     """
 
-    def read(step):
+    def look(step):
+      saved = read_about(self.directory / str(step))
+      _check_run(self.directory / str(step), saved, about)
+      return saved
+
+    def read(step, saved):
       path = self.directory / str(step)
-      saved = read_about(path)
-      _check_run(path, saved, about)
       loaded = load_items(path, {
           "params": template.params,
           "training": _rest(template),
@@ -157,7 +160,7 @@ class Checkpoints:
       })  # fmt: skip
       return loaded, _load_base(self.directory.parent, template.frozen, saved.base)
 
-    step, found, broken = newest_whole(list_steps(self.directory), read)
+    step, found, broken = newest_whole(list_steps(self.directory), look, read)
     said = [f"checkpoint {self.directory / str(step)} is not whole ({why})" for step, why in broken]
     if found is None and broken:
       raise UserError(
@@ -347,8 +350,9 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
     return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
   directory, steps = _steps_at(path)
 
-  def read(step):
-    about = read_about(directory / str(step))
+  look = lambda step: read_about(directory / str(step))
+
+  def read(step, about):
     template = abstract(about.model)[1]
     if where is not None:
       template = placement.shapes(template, param_axes(about.model))
@@ -357,7 +361,7 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
     params = join(params, _load_base(directory.parent, frozen, about.base))
     return Loaded(params, about.model, about.vocabulary, step)
 
-  _, loaded, broken = newest_whole(steps, read)
+  _, loaded, broken = newest_whole(steps, look, read)
   if loaded is not None:
     return loaded
   reasons = "; ".join(f"step {step} is not whole ({why})" for step, why in broken)

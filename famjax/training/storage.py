@@ -28,30 +28,43 @@ def list_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_whole(
-    steps: list[int], read: Callable[[int], Any]
+    steps: list[int], look: Callable[[int], Any], read: Callable[[int, Any], Any]
 ) -> tuple[int | None, Any, list[tuple[int, str]]]:
   """The newest step that every process can read, what it read, and why newer ones cannot be.
 
   Args:
     steps: in rising order; where there are several processes, those that the first one sees.
-    read: of a step. Its UserError is raised, in all processes; anything else that it raises means
-      that the step is not whole.
+    look: of a step, at what it says about itself. A UserError is raised, in all processes; anything
+      else that it raises means that the step is not whole.
+    read: of a step, and what `look` gave; likewise. All processes read, or none: arrays are read
+      together.
   """
   broken = []
   for step in processes.of_first(steps[::-1]):
-    found = why = wrong = None
-    try:
-      found = read(step)
-    except UserError as error:
-      wrong = error
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      why = reason(error)  # a cut file raises anything
-    if processes.any_of_us(wrong is not None):  # all of them end, and none waits for another
-      raise wrong or UserError(f"step {step}: another process cannot use it, and says why")
-    if not processes.any_of_us(why is not None):
+    found, why = _agreed(step, lambda: look(step))  # pylint: disable=cell-var-from-loop
+    if why is None:
+      seen = found
+      found, why = _agreed(step, lambda: read(step, seen))  # pylint: disable=cell-var-from-loop
+    if why is None:
       return step, found, broken
-    broken.append((step, why or "another process cannot read it"))
+    broken.append((step, why))
   return None, None, broken
+
+
+def _agreed(step: int, act: Callable[[], Any]) -> tuple[Any, str | None]:
+  """What a function gives, and why it gives nothing in one of the processes at least."""
+  found = why = wrong = None
+  try:
+    found = act()
+  except UserError as error:
+    wrong = error
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    why = reason(error)  # a cut file raises anything
+  if processes.any_of_us(wrong is not None):  # all of them end, and none waits for another
+    raise wrong or UserError(f"step {step}: another process cannot use it, and says why")
+  if processes.any_of_us(why is not None):
+    return None, why or "another process cannot read it"
+  return found, None
 
 
 def set_aside(broken: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ from tests.inference import tiny
 N, F = 8, 3
 CONFIG = ModelConfig(
     vocab_size=40, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, ff_dim=24,
-    attention_cap=2.0, layer_kinds=("local", "global"), local_window=20,
+    attention_cap=2.0, layer_kinds=("nope", "global"),
     memory=MemoryConfig("fam", block_size=N, memory_segments=1, fam_length=F),
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 40, 4 * N + 3).astype(np.int32)
@@ -64,5 +64,8 @@ def test_the_command_leaves_a_picture(tmp_path, capsys):
   tiny.save(tmp_path / "plain", tiny.config("bswa"))
   assert cli.main(["look", str(tmp_path / "plain"), "--text=abcdefgh"]) == 2
   assert "'bswa', which has no FAM to look at" in capsys.readouterr().err
+  windows = dataclasses.replace(CONFIG, layer_kinds=("local", "global"), local_window=20)
+  with pytest.raises(UserError, match="layers with a window are not drawn"):
+    diagnostics.look(Decoder(windows, rngs=nnx.Rngs(1)), TOKENS)
   with pytest.raises(UserError, match="3 tokens are less than a block of 8"):
     diagnostics.look(Decoder(CONFIG, rngs=nnx.Rngs(1)), TOKENS[:3])

@@ -182,7 +182,7 @@ def test_a_fam_is_added_to_a_model_without_one():
 @pytest.mark.parametrize(
     "about, message",
     [
-        (ABOUT._replace(version=1), "another version of famjax .its version is 1, this one's 3"),
+        (ABOUT._replace(version=1), "another version of famjax .its version is 1, this one's 4"),
         (ABOUT._replace(trainable="lora"), "of a run that trains 'lora', not 'full'"),
     ],
 )

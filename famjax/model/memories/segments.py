@@ -17,8 +17,7 @@ from famjax.model import strategy
 class FeedbackSegments(strategy.Strategy):
   """M segments of a layer's own outputs, at the places of their tokens.
 
-  Attributes:
-    truncate: see `Strategy`; it cuts nothing here, `MemoryConfig.stop_gradient` does.
+  It has no options: `MemoryConfig.stop_gradient` cuts the gradient.
   """
 
   def layer(self, own, layer, x, memory, block):
