@@ -199,6 +199,12 @@ def _add_generate(commands) -> None:
   parser.set_defaults(run=_not_by_gin(_INFERENCE, "generate"))
 
 
+def _add_text(parser: argparse.ArgumentParser) -> None:
+  """Options of a command that reads one text."""
+  parser.add_argument("--text", metavar="TEXT", help="the text")
+  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
+
+
 def _add_score(commands) -> None:
   parser = commands.add_parser(
       "score", help="say how probable a text is",
@@ -206,8 +212,7 @@ def _add_score(commands) -> None:
       " Example: famjax score runs/books --file=book.txt",
   )  # fmt: skip
   _add_model(parser)
-  parser.add_argument("--text", metavar="TEXT", help="the text")
-  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
+  _add_text(parser)
   parser.add_argument("--tokens", action="store_true", help="a JSON line for every token")
   parser.set_defaults(run=_not_by_gin(_INFERENCE, "score"))
 
@@ -219,8 +224,7 @@ def _add_look(commands) -> None:
       " Example: famjax look runs/books --file=book.txt --out=runs/books/look",
   )  # fmt: skip
   _add_model(parser)
-  parser.add_argument("--text", metavar="TEXT", help="the text")
-  parser.add_argument("--file", metavar="FILE", help="a UTF-8 file; - is standard input")
+  _add_text(parser)
   parser.add_argument("--blocks", type=int, default=8, help="of the text that are read (8)")
   parser.add_argument("--out", metavar="DIR", default="look", help="of fam.json and fam.png (look)")
   parser.set_defaults(run=_not_by_gin("famjax.evaluation.diagnostics", "command"))

@@ -219,7 +219,7 @@ sync_tree() {
 
 setup() {
   local copy=""
-  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && { gcloud storage rsync --recursive %q data || exit 75; } && ' "$data"
+  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && gcloud storage rsync --recursive %q data && ' "$data"
   everywhere setup "${copy}cd famjax && launch/tpu_worker.sh setup"
 }
 stop_run() { everywhere stop 'cd famjax && launch/tpu_worker.sh stop'; }
@@ -261,7 +261,9 @@ check_data() {
 }
 
 one_round() {
-  create && sync_tree && setup && run "$@"
+  # 1 and 2 mean something of famjax train alone: whatever fails before it may go better later.
+  if ! { create && sync_tree && setup; }; then return 75; fi
+  run "$@"
 }
 
 train() {

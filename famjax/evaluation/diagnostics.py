@@ -71,19 +71,16 @@ def look(decoder: Decoder, tokens: np.ndarray) -> list[Look]:
   state = empty_state(config, 1, past=False)
   layout = blocks.make_layout(state, T * N, None, aligned=True, within=False, N=N)
   # As `Decoder.hidden` does it, a layer at a time.
-  dtype = jnp.dtype(config.compute_dtype)
-  scale = jnp.asarray(config.model_dim**0.5 if config.scale_embeddings else 1, dtype)
-  grid = layout.place(jnp.asarray(tokens[None, : T * N], jnp.int32), N)
-  x = decoder.embedder.embedding[...].astype(dtype)[grid] * scale
+  x = decoder.embed(layout.place(jnp.asarray(tokens[None, : T * N], jnp.int32), N))
   prefix = decoder.fam_prefix[...] if hasattr(decoder, "fam_prefix") else None
-  initial = None if prefix is not None else decoder.fam_prompt[...].astype(dtype) * scale
+  initial = None if prefix is not None else decoder.scaled(decoder.fam_prompt[...])
   kinds = config.layer_kinds or ("global",) * config.num_layers
   mine = jax.tree.map(lambda x: x[0], layer_memories(state))
   found = []
   for l, layer in enumerate((decoder if decoder.is_unstacked else decoder.unstacked()).layers):
     here = config.of_kind(kinds[l])
     turns = turns_of(layout, state.offset, here)
-    fam = prefix[l].astype(dtype) if prefix is not None else initial
+    fam = prefix[l].astype(x.dtype) if prefix is not None else initial
     found.append(_look_at(layer, x, fam[None], layout, turns, here))
     if initial is not None:
       initial = memory.climb(layer, initial, turns.prompt)

@@ -1,8 +1,9 @@
 """One softmax over several disjoint sets of keys.
 
 A block's queries see three kinds of keys: the memory segments', the FAM's and their own block's.
-Each kind is a `KeySet`. Scores are made set by set and joined before the softmax, so that keys are
-never copied next to one another, and a mask stands only where a set needs one.
+Each kind is a `KeySet`. Scores are made set by set against the maximum of all, and results and sums
+are added up: neither keys nor scores are ever copied next to one another, and a mask stands only
+where a set needs one.
 """
 
 import functools
@@ -49,15 +50,7 @@ def attend(
   # copies the keys on a CPU, five times the work of a decoding step.
   queries = queries.reshape(B, T, K, G * n, d)
   key_sets = [one for one in key_sets if one.keys.shape[3]]  # none has a maximum of nothing
-  scores = []  # float32 [B, t, K, G, n, m]
-  for keys, _, mask in key_sets:
-    t = keys.shape[1]
-    score = jnp.einsum(
-        "BTKgd,BTKmd->BTKgm", queries[:, T - t :], keys, preferred_element_type=jnp.float32
-    ).reshape(B, t, K, G, n, -1)
-    if cap is not None:
-      score = cap * jnp.tanh(score / cap)
-    scores.append(score if mask is None else jnp.where(mask, score, _MASKED))
+  scores = [_scores(queries[:, T - one.keys.shape[1] :], one, G, cap) for one in key_sets]
   top = [_pad_blocks(score.max(axis=-1), T, _MASKED) for score in scores]
   top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))  # [B, T, K, G, n]
   out = total = 0
@@ -86,14 +79,21 @@ def probabilities(
   """
   B, T, H, n, d = queries.shape
   K = key_sets[0].keys.shape[2]
-  grouped = queries.reshape(B, T, K, H // K, n, d)
-  scores = []
-  for keys, _, mask in key_sets:
-    score = jnp.einsum("BTKGnd,BTKmd->BTKGnm", grouped, keys, preferred_element_type=jnp.float32)
-    score = score if cap is None else cap * jnp.tanh(score / cap)
-    scores.append(score if mask is None else jnp.where(mask, score, _MASKED))
+  queries = queries.reshape(B, T, K, H // K * n, d)
+  scores = [_scores(queries, one, H // K, cap) for one in key_sets]
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).reshape(B, T, H, n, -1)
   return jnp.split(weights, np.cumsum([score.shape[-1] for score in scores])[:-1].tolist(), axis=-1)
+
+
+def _scores(queries: jax.Array, one: KeySet, G: int, cap: float | None) -> jax.Array:
+  """float32 `[B, t, K, G, n, m]`: scores of queries `[B, t, K, G * n, d]` against a set."""
+  score = jnp.einsum(
+      "BTKgd,BTKmd->BTKgm", queries, one.keys, preferred_element_type=jnp.float32
+  )  # fmt: skip
+  score = score.reshape(*score.shape[:3], G, score.shape[3] // G, score.shape[4])
+  if cap is not None:
+    score = cap * jnp.tanh(score / cap)
+  return score if one.mask is None else jnp.where(one.mask, score, _MASKED)
 
 
 def _pad_blocks(x: jax.Array, T: int, value: float) -> jax.Array:

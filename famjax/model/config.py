@@ -107,7 +107,6 @@ class MemoryConfig:
             " or leave it out"
         )
 
-
   def _validate_strategy(self):
     from famjax.model import strategy  # pylint: disable=import-outside-toplevel
 
@@ -231,6 +230,11 @@ class ModelConfig:
   def attention_scale(self) -> float:
     """What scores are multiplied by."""
     return self.head_width**-0.5 if self.query_scale is None else self.query_scale
+
+  @property
+  def embedding_scale(self) -> float:
+    """What token embeddings, and vectors that stand beside them, are multiplied by."""
+    return self.model_dim**0.5 if self.scale_embeddings else 1.0
 
   @property
   def lora_scale(self) -> float:

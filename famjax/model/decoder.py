@@ -167,6 +167,16 @@ class Decoder(nnx.Module):
     )  # fmt: skip
     return self.logits(hidden), state
 
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Tokens `[...]` to `[..., D]`, the first layer's input."""
+    dtype = jnp.dtype(self.config.compute_dtype)
+    return self.scaled(self.embedder.embedding[...].astype(dtype)[tokens])
+
+  def scaled(self, vectors: jax.Array) -> jax.Array:
+    """Vectors `[..., D]` of the size of embeddings as the first layer takes them."""
+    dtype = jnp.dtype(self.config.compute_dtype)
+    return vectors.astype(dtype) * jnp.asarray(self.config.embedding_scale, dtype)
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D]` from `hidden` to float32 logits `[..., V]`."""
     x, cap = self.final_norm(hidden), self.config.logit_cap
@@ -234,13 +244,11 @@ class Decoder(nnx.Module):
       x, after = apply(layer, x, mine, layout, turns, first, kinds[kind])
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
 
-    dtype = jnp.dtype(config.compute_dtype)
-    scale = jnp.asarray(config.model_dim**0.5 if config.scale_embeddings else 1, dtype)
-    x = self.embedder.embedding[...].astype(dtype)[layout.place(tokens, N)] * scale
+    x = self.embed(layout.place(tokens, N))
     x = axes.constrain(x, "batch", None, None, "width")
     prompt = None
     if starting and self._has("fam_prompt"):
-      prompt = self.fam_prompt[...].astype(dtype) * scale
+      prompt = self.scaled(self.fam_prompt[...])
     prefix = self.fam_prefix[...] if starting and self._has("fam_prefix") else None
     (x, _), after = self._over_layers(body, (x, prompt), prefix, layer_memories(state))
     full = layout.full

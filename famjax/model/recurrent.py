@@ -105,9 +105,7 @@ def hidden(
   end = slot + count
   full = (jnp.arange(1, T + 1) * N <= end[:, None]) & (count > 0)[:, None]  # [B, T]
 
-  dtype = jnp.dtype(config.compute_dtype)
-  scale = jnp.asarray(config.model_dim**0.5 if config.scale_embeddings else 1, dtype)
-  x = decoder.embedder.embedding[...].astype(dtype)[grid.reshape(B, T, N)] * scale
+  x = decoder.embed(grid.reshape(B, T, N))
   weights = getattr(decoder, "memory", None)
   split, merge = _layers(decoder)
   before, after = how.extra(config.memory)

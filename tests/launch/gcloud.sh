@@ -3,6 +3,7 @@
 #
 #   state            of the queued resource; no file: there is none
 #   create_failures  so many creations end in FAILED
+#   copy_fails       the next copy of data does
 #   calls            every call, one a line
 #   machines/NODE-W  the home of a machine
 set -euo pipefail
@@ -53,6 +54,9 @@ case "$1 $2 ${3:-} ${4:-}" in
   "storage cp"*) cat >/dev/null; [[ ! -f "$CLOUD/no_bucket" ]] ;;
   "storage rm"*) ;;
   "storage ls"*) [[ "$3" != *missing* ]] ;;
-  "storage rsync"*) echo "of $4" >"$5/pairs.tsv" ;;
+  "storage rsync"*)
+    if [[ -f "$CLOUD/copy_fails" ]]; then rm "$CLOUD/copy_fails"; exit 1; fi
+    echo "of $4" >"$5/pairs.tsv"
+    ;;
   *) echo "what is $*?" >&2; exit 1 ;;
 esac

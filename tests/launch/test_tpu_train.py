@@ -89,6 +89,14 @@ def test_data_is_copied_to_every_machine(cloud):
     assert file.read_text() == "of gs://bucket/two words\n"
 
 
+def test_a_copy_that_fails_is_tried_again(cloud):
+  """Its status, 1, is no word of famjax that the loss diverged."""
+  cloud.write("copy_fails", "")
+  done = cloud("train", "--data=gs://bucket/flan")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "status 75: once more" in done.stdout and len(cloud.runs) == 1
+
+
 @pytest.mark.parametrize("data, message", [
     ("/mnt/flan", "--data=/mnt/flan is not in a bucket"),
     ("gs://bucket/missing", "--data=gs://bucket/missing cannot be read"),

@@ -68,8 +68,7 @@ class Feedback(strategy.Strategy):
     return Prompt(config, rngs)
 
   def climb(self, weights, config):
-    scale = config.model_dim**0.5 if config.scale_embeddings else 1
-    return (weights.fam_prompt[...] * scale).astype(config.compute_dtype)
+    return (weights.fam_prompt[...] * config.embedding_scale).astype(config.compute_dtype)
 
   def layer_start(self, own, layer, climbing, config):
     """The initial FAM of B.1: newest of the `previous`, the others are yet to be."""

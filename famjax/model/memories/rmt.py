@@ -35,8 +35,12 @@ class Tokens(nnx.Module):
 
   def __call__(self, config):
     """In the dtype of activations, scaled as embeddings are."""
-    scale = config.model_dim**0.5 if config.scale_embeddings else 1
-    return (self.tokens[...] * scale).astype(config.compute_dtype)
+    return (self.tokens[...] * config.embedding_scale).astype(config.compute_dtype)
+
+  def behind(self, x, config):
+    """`[B, n, D]` with the P vectors behind it."""
+    new = self(config)
+    return jnp.concatenate([x, jnp.broadcast_to(new, (x.shape[0], *new.shape))], axis=1)
 
 
 @strategy.register("rmt")
@@ -102,8 +106,7 @@ class AutoCompressors(strategy.Strategy):
     return jnp.zeros(shape, config.compute_dtype)
 
   def inputs(self, weights, x, memory, block):
-    new = jnp.broadcast_to(weights(block.config), (x.shape[0], block.after, x.shape[2]))
-    return jnp.concatenate([memory, x, new], axis=1)
+    return jnp.concatenate([memory, weights.behind(x, block.config)], axis=1)
 
   def layer(self, own, layer, x, memory, block):
     N, P = block.config.memory.block_size, block.after
