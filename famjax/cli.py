@@ -136,10 +136,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
   configuration.configure(arguments.gin_file, arguments.gin)
   if arguments.checkpoint:
-    from famjax.evaluation import questions  # pylint: disable=import-outside-toplevel
-
     name = pathlib.Path(arguments.gin_file[-1]).stem
-    print(questions.table(configuration.ask_from_gin(arguments.checkpoint, arguments.out, name)["score"]))
+    print(configuration.measure_from_gin(arguments.checkpoint, arguments.out, name))
     return 0
   result = configuration.evaluate_from_gin()
   for blocks, accuracy in result["accuracy"].items():

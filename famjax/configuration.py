@@ -30,7 +30,8 @@ import gin
 import famjax
 from famjax import data
 from famjax.errors import UserError
-from famjax.evaluation import passkey, questions, study
+from famjax.evaluation import documents, passkey, questions, study
+from famjax.evaluation.record import Measurement
 from famjax.inference.model import assemble
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel.mesh import MeshConfig
@@ -64,7 +65,8 @@ CONFIGURABLE = {
         data.load_vocabulary, vocabulary_size, model_of,
         data.PassKeyExamples, data.Lengths, data.LongText, data.PairFiles, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,
-        data.QuestionExamples, passkey.PassKeyEval, questions.QuestionEval, study.Study,
+        data.QuestionExamples, passkey.PassKeyEval, study.Study,
+        Measurement, questions.QuestionEval, documents.DocumentEval,
     )
 }  # fmt: skip
 
@@ -132,21 +134,11 @@ def evaluate_from_gin() -> dict[str, Any]:
   return passkey.evaluate_run(arguments["run_dir"], config, arguments["train_reader"])
 
 
-def ask_from_gin(checkpoint: str, out: str | None, name: str) -> dict[str, Any]:
-  """Asks a checkpoint's model what `QuestionEval` says; see `questions.evaluate`.
-
-  Args:
-    checkpoint: as `famjax.load` takes it.
-    out: directory of the report; None: `eval/NAME` in the checkpoint's directory.
-    name: of what is asked.
-  """
+def measure_from_gin(checkpoint: str, out: str | None, name: str) -> str:
+  """Measures a checkpoint's model as the gin files say; see `record.Measurement`."""
   with _gin_errors(kinds=()):
-    config = gin.get_configurable("QuestionEval")()
-  config.validate()
-  loaded = load_params(checkpoint)
-  about = {"checkpoint": os.path.abspath(checkpoint), "step": loaded.step}
-  place = pathlib.Path(out) if out else pathlib.Path(checkpoint) / "eval" / name
-  return questions.evaluate(assemble(loaded), config, place, about)
+    measurement = gin.get_configurable("Measurement")()
+  return measurement.of(checkpoint, out, name)
 
 
 def study_from_gin(gin_files: list[str], bindings: list[str]) -> None:

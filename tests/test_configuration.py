@@ -87,7 +87,7 @@ def test_no_gin_file_is_left_out():
   found = {path.relative_to(GIN.parent).as_posix() for path in GIN.rglob("*.gin")}
   folders = ("runs", "families", "models", "memory", "options", "slices", "eval")
   # Of families: tests/test_models.py; of slices, which need their chips: parallel/test_snapshots.py;
-  # of eval: tests/evaluation/test_questions.py.
+  # of eval: tests/evaluation/test_record.py.
   assert found == {path for folder in folders for path in files(folder)}
 
 

@@ -41,19 +41,24 @@ def table(results: Sequence[Result]) -> str:
   """A Markdown table: a row for every model and seed, a column for every length in blocks."""
   lengths = _lengths(results)
   head = ["model", "seed", "parameters", "trained on, blocks", *map(str, lengths), "train, s"]
-  rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+  rows = [head]
   for r in results:
     marks = [_mark(r["accuracy"].get(str(n))) for n in lengths]
     rows.append([
         r["name"], str(r["seed"]), f"{r['parameters']:,}", str(r["longest_trained_blocks"]),
         *marks, f"{r['train_seconds']:.0f}",
     ])  # fmt: skip
-  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-  rows[1] = [cell.rjust(w, "-") for cell, w in zip(rows[1], widths)]
+  return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """A table of cells in Markdown: the first row is the head, the first column stands to the left."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
   line = lambda row: "| " + " | ".join(
       c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
   ) + " |"
-  return "\n".join(map(line, rows))
+  return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
 
 
 def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
