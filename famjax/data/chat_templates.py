@@ -23,6 +23,7 @@ class ChatTemplate:
   """A template with the names of its special tokens.
 
   Attributes:
+    source: in Jinja.
     bos_token: the text that stands for the start of a text; may be empty.
   """
 
@@ -37,7 +38,7 @@ class ChatTemplate:
     Raises:
       UserError: it is no Jinja template.
     """
-    self.bos_token = special_tokens.get("bos_token", "")
+    self.source, self.bos_token = source, special_tokens.get("bos_token", "")
     self._special_tokens, self._origin = special_tokens, origin
     try:
       self._template = _environment().from_string(source)

@@ -20,8 +20,8 @@ import numpy as np
 from famjax.inference import sampling
 from famjax.model import strategy
 from famjax.model.decoder import Decoder
-from famjax.model.state import State, settle, stack, unstack, with_recent
-from famjax.training.loss import token_log_probs
+from famjax.model.state import State, settle, stack, take, unstack, with_recent
+from famjax.training.loss import log_probs_and_best
 
 Progress = Callable[[int], bool | None]  # is told of every piece that was read; True ends reading
 
@@ -49,6 +49,10 @@ class Reading:
   def __iter__(self):
     return iter((self.logits, self.state))
 
+  def take(self, rows: Sequence[int]) -> "Reading":
+    """Where the rows `rows` stand, in that order; one may be there several times."""
+    return _take(self, np.asarray(rows, np.int32))
+
 
 class Written(NamedTuple):
   """What one call of `Engine.write` wrote.
@@ -62,6 +66,18 @@ class Written(NamedTuple):
   tokens: jax.Array
   count: jax.Array
   stopped: jax.Array
+
+
+class Scores(NamedTuple):
+  """How well the tokens of a row that were read had been foreseen.
+
+  Attributes:
+    log_probs: float32 `[n]`, natural logarithms of their probabilities.
+    likeliest: bool `[n]`, the token was the likeliest.
+  """
+
+  log_probs: np.ndarray
+  likeliest: np.ndarray
 
 
 class Piece(NamedTuple):
@@ -163,15 +179,14 @@ class Engine:
       after: Reading,
       *,
       progress: Progress | None = None,
-  ) -> tuple[list[np.ndarray], Reading]:
+  ) -> tuple[list[Scores], Reading]:
     """Reads on, and says how probable each token was.
 
     Args are those of `read`.
 
     Returns:
-      float32 natural logarithms of the probability of every token that was read, for each row, and
-      where the rows stand then. Nothing is said about the first token of a row that had read
-      nothing: it is nan.
+      The scores of every token that was read, for each row, and where the rows stand then. Nothing
+      is said about the first token of a row that had read nothing: it is nan, and not the likeliest.
     """
     reading = jax.tree.map(jnp.copy, after)
     said = [[] for _ in rows]
@@ -179,14 +194,15 @@ class Engine:
       scores, reading = _score(
           self.graphdef, self.params, tokens, piece.counts, reading, within=piece.within
       )
-      scores = np.asarray(scores)
+      log_probs, likeliest = jax.device_get(scores)
       for row, count in enumerate(piece.counts):
-        said[row].append(scores[row, :count])
+        said[row].append((log_probs[row, :count], likeliest[row, :count]))
       if progress is not None and progress(int(piece.counts.sum())):
         break
-    said = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in said]
+    nothing = np.zeros(0, np.float32), np.zeros(0, bool)
+    said = [Scores(*map(np.concatenate, zip(nothing, *parts))) for parts in said]
     for row in np.flatnonzero(np.asarray(after.state.position) == 0):
-      said[row][:1] = np.nan
+      said[row].log_probs[:1], said[row].likeliest[:1] = np.nan, False
     return said, reading
 
   def write(
@@ -257,11 +273,12 @@ def _score(graphdef, params, tokens, counts, reading, *, within):
   model = nnx.merge(graphdef, params)
   hidden, state = _hidden(model, tokens, counts, reading.state, within)
   following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-  inner = token_log_probs(model.logits, hidden, following)[:, :-1]
+  inner, best = log_probs_and_best(model.logits, hidden, following)
   first = jnp.take_along_axis(jax.nn.log_softmax(reading.logits), tokens[:, :1], axis=-1)
+  best = jnp.concatenate([reading.logits.argmax(-1)[:, None], best[:, :-1]], axis=1)
+  scores = jnp.concatenate([first, inner[:, :-1]], axis=1), best == tokens
   logits = _last(model, hidden, counts, reading.logits)
-  reading = Reading(logits, state, _tail(reading.tail, tokens, counts))
-  return jnp.concatenate([first, inner], axis=1), reading
+  return scores, Reading(logits, state, _tail(reading.tail, tokens, counts))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames=("reading", "seen"))
@@ -300,6 +317,12 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
   state = settle(reading.state)
   reading = reading.replace(state=stack(state) if model.is_unstacked else state)
   return tokens, count, stopped, reading, seen
+
+
+@jax.jit
+def _take(reading, rows):
+  logits, tail = reading.logits[rows], reading.tail[rows]
+  return Reading(logits, take(reading.state, rows), tail)
 
 
 def _power_of_two(n: int) -> int:

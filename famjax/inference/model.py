@@ -173,7 +173,7 @@ class Model:
     if not tokens.size:
       raise UserError("the text to score is empty: give at least one token of it")
     self._check_context(after.state, tokens.size)
-    (log_probs,), reading = self._engine.score([tokens], after, progress=progress)
+    ((log_probs, _),), reading = self._engine.score([tokens], after, progress=progress)
     if not isinstance(state, Reading):  # a state alone does not say what would have come next
       log_probs[0] = np.nan
     return Score(tokens[: len(log_probs)], log_probs, reading)

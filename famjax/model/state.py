@@ -226,6 +226,12 @@ def settle(state: State) -> State:
   )
 
 
+def take(state: State, rows: jax.Array) -> State:
+  """The rows `rows` int32 `[b]` of a state between calls; one may be there several times."""
+  pick = lambda x, names: jnp.take(x, rows, axis=names.index("batch"))
+  return jax.tree.map(pick, state, axes_of(state))
+
+
 _STACKED = ("keys", "values", "fam", "fam_keys", "fam_values")
 
 

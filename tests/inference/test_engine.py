@@ -130,16 +130,39 @@ def test_scores_are_the_log_probabilities_of_one_call(kind):
   again, _ = make(kind).score(rows, after)
   for row, tokens in enumerate(rows):
     assert_same_row(reading, row, after, row)
-    assert scores[row].shape == again[row].shape == (len(tokens),)
+    (begun, _), (log_probs, likeliest) = scores[row], again[row]
+    assert begun.shape == log_probs.shape == likeliest.shape == (len(tokens),)
     if not len(tokens):
       continue
     model = tiny.model(kind)
     logits, _ = model(np.concatenate([tokens, tokens])[None], model.init_state())
     expected = jax.nn.log_softmax(logits[0])
     place = np.arange(len(tokens))
-    assert np.isnan(scores[row][0])
-    close(scores[row][1:], expected[place[:-1], tokens[1:]])
-    close(again[row], expected[len(tokens) - 1 + place, tokens])
+    assert np.isnan(begun[0]) and not scores[row].likeliest[0]
+    close(begun[1:], expected[place[:-1], tokens[1:]])
+    close(log_probs, expected[len(tokens) - 1 + place, tokens])
+    best = expected.argmax(-1)[len(tokens) - 1 :][: len(tokens)]
+    np.testing.assert_array_equal(likeliest, best == tokens)
+
+
+@KINDS
+def test_rows_are_taken(kind):
+  before = make(kind).read(draw(3, 2 * N + 1, 4, 0), make(kind).start(3))
+  after = before.take([1, 0, 1])
+  for row, came in enumerate((1, 0, 1)):
+    assert_same_row(after, row, before, came)
+
+
+def test_the_likeliest_tokens_are_those_that_are_written():
+  """The scores of what was written greedily, token by token, from where it was written."""
+  model = tiny.model()
+  reading = model.read("The sky")
+  stream = model.generate(state=reading, max_new_tokens=12)
+  list(stream)
+  (scores,), _ = make("fam").score([np.array(stream.tokens)], reading)
+  assert scores.likeliest.all()
+  (scores,), _ = make("fam").score([np.array(stream.tokens) ^ 1], reading)
+  assert not scores.likeliest[0]
 
 
 def write(kind, reading, count, how=GREEDY, stop=(), most=STEPS):
