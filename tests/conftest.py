@@ -10,6 +10,7 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no test needs a network
 # Tests compile much and compute little: less of the compiler's work makes them a third shorter. With
 # XLA_FLAGS set, empty say, they run what users run; .ci/run does that on its second Python.
 _FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

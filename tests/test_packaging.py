@@ -41,9 +41,9 @@ def test_released_files_win_over_nightly_ones(name):
   assert not wrong, f"overwritten by another distribution: {wrong[:5]}; see launch/environment.sh"
 
 
-@pytest.mark.parametrize("code", ["famjax", "famjax.Decoder, famjax.MemoryConfig"])
+@pytest.mark.parametrize("code", ["famjax", "famjax.Decoder, famjax.MemoryConfig", "import famjax.evaluation"])
 def test_import_needs_no_tensorflow(code):
-  heavy = {"tensorflow", "seqio", "t5", "gin", "clu", "matplotlib", "torch", "transformers", "peft"}
+  heavy = {"tensorflow", "seqio", "t5", "gin", "clu", "matplotlib", "torch", "transformers", "peft", "lm_eval"}
   code = f"import famjax, sys; {code}; print([name for name in {heavy} if name in sys.modules])"
   result = run(sys.executable, "-c", code, cwd=ROOT)
   assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr

@@ -1,0 +1,307 @@
+"""A model as EleutherAI's lm-evaluation-harness asks for one; needs the extra `eval`.
+
+    famjax harness --checkpoint=runs/books --tasks=lambada_openai,wikitext
+
+or in Python:
+
+    import famjax.evaluation.harness
+    import lm_eval
+
+    lm_eval.simple_evaluate(model="famjax", model_args="checkpoint=runs/books", tasks=["wikitext"])
+
+A text of any length is read once, as it is, in constant memory: none is cut into windows.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from famjax.data.chat_templates import ChatTemplate, Message
+from famjax.data.vocabularies import begin_ids
+from famjax.errors import UserError
+from famjax.inference.engine import Engine, Scores
+from famjax.inference.generation import Request
+from famjax.inference.model import load, Model
+from famjax.inference.sampling import Sampling
+
+try:
+  import lm_eval
+  from lm_eval.api.instance import Instance
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.api.registry import register_model
+  from lm_eval.tasks import TaskManager
+  from lm_eval.utils import handle_non_serializable, make_table
+except ModuleNotFoundError as missing:
+  raise UserError(f"{missing}: the harness needs pip install 'famjax[eval]'") from missing
+
+_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first wins
+_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
+_KNOWN = {*_MOST, *_SAMPLING, "until", "do_sample", "temperature", "num_beams"}
+
+
+def request_of(settings: dict[str, Any], max_gen_toks: int = 256, seed: int = 0) -> Request:
+  """What a task's `generation_kwargs` ask for.
+
+  Args:
+    settings: `until`, `do_sample`, `temperature` and so on. Those that are None are not there.
+    max_gen_toks: of a task that does not say it.
+    seed: of the draws.
+
+  Raises:
+    UserError: a setting that is not known here.
+  """
+  settings = {name: value for name, value in settings.items() if value is not None}
+  for name, value in settings.items():
+    if name not in _KNOWN or (name == "num_beams" and value != 1):
+      raise UserError(f"generation_kwargs: {name}={value!r} is not known here: leave it out")
+  until, sample = settings.get("until", ()), settings.get("do_sample")
+  until = (until,) if isinstance(until, str) else until
+  # Without do_sample, a temperature alone asks for draws; with it, 1 is Hugging Face's default.
+  temperature = 0.0 if sample is False else settings.get("temperature", 1.0 if sample else 0.0)
+  sampling = Sampling(temperature, seed=seed, **{n: settings[n] for n in _SAMPLING if n in settings})
+  most = next((settings[name] for name in _MOST if name in settings), max_gen_toks)
+  return Request(int(most), sampling, tuple(filter(None, until)))
+
+
+def scores_after(
+    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+) -> Iterator[tuple[int, Scores]]:
+  """Scores texts that follow contexts. A context that several of them have is read once.
+
+  Args:
+    engine: of the model.
+    pairs: tokens of a context, at least one, and of the text after it.
+    batch_size: of contexts, and of texts, side by side.
+
+  Yields:
+    The number of a pair, and the scores of its text; the longest contexts first.
+
+  Raises:
+    UserError: the context of an ordinary decoder is shorter.
+  """
+  texts_of: dict[tuple[int, ...], list[int]] = {}
+  for i, (context, text) in enumerate(pairs):
+    engine.config.memory.check_context(len(context) + len(text))
+    texts_of.setdefault(tuple(context), []).append(i)
+  B = min(batch_size, len(pairs))  # of every call, so that its shapes are compiled once
+  for contexts in _batches(sorted(texts_of, key=len, reverse=True), B):
+    after = engine.read(_rows(contexts, B), engine.start(B))
+    texts = [(i, row) for row, context in enumerate(contexts) for i in texts_of[context]]
+    texts.sort(key=lambda text: len(pairs[text[0]][1]), reverse=True)
+    for some in _batches(texts, B):
+      numbers, rows = zip(*some)
+      begun = after.take([*rows, *[0] * (B - len(rows))])
+      scores, _ = engine.score(_rows([pairs[i][1] for i in numbers], B), begun)
+      yield from zip(numbers, scores)
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+  return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def _rows(texts: Sequence[Sequence[int]], B: int) -> list[np.ndarray]:
+  """B rows of tokens; those that are left have none."""
+  return [np.asarray(text, np.int32) for text in [*texts, *[()] * (B - len(texts))]]
+
+
+def _log_prob(scores: Scores) -> float:
+  return float(scores.log_probs.sum(dtype=np.float64))
+
+
+@register_model("famjax")
+class HarnessModel(TemplateLM):
+  """What the harness calls.
+
+  Attributes:
+    model: that is asked.
+    batch_size: requests side by side.
+    max_gen_toks: tokens that are written, at most, where a task does not say it.
+    seed: of the first request's draws; every other has the next one.
+  """
+
+  def __init__(
+      self,
+      checkpoint: str | Model,
+      batch_size: int | str = 8,
+      max_gen_toks: int = 256,
+      seed: int = 0,
+  ):
+    """Loads a model.
+
+    Args:
+      checkpoint: as `famjax.load` takes it, or a model that is there.
+      batch_size, max_gen_toks, seed: see the attributes.
+
+    Raises:
+      UserError: no checkpoint there, or a batch size that is no number.
+    """
+    super().__init__()
+    if not str(batch_size).isdecimal() or not int(batch_size):
+      raise UserError(f"batch_size is {batch_size!r}: give a whole number, at least 1")
+    self.model = checkpoint if isinstance(checkpoint, Model) else load(str(checkpoint))
+    self.batch_size, self.max_gen_toks, self.seed = int(batch_size), max_gen_toks, seed
+    self._engine = Engine(self.model.decoder)
+
+  @property
+  def eot_token_id(self) -> int:
+    """Id of the end of a text."""
+    return self.model.vocabulary.eos_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """What stands before a text that begins: the symbol for it, or else the end of another."""
+    return [self.eot_token_id, *begin_ids(self.model.vocabulary)][-1]
+
+  def tok_encode(
+      self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+  ) -> list[int]:
+    """Tokens of a text; one that begins has what the vocabulary puts there, once.
+
+    Args:
+      string: may have it already, as what a chat template gives has.
+      add_special_tokens: False: it does not begin.
+      **kwargs: of other models.
+    """
+    del kwargs
+    tokens = self.model.vocabulary.encode(string)
+    begin = [] if add_special_tokens is False else begin_ids(self.model.vocabulary)
+    return tokens if tokens[: len(begin)] == begin else [*begin, *tokens]
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+    """`loglikelihood` of ((context, text), tokens of the context, tokens of the text)."""
+    asked = [request[0] for request in requests]
+    pairs = [(context or [self.prefix_token_id], text) for _, context, text in requests]
+    answer = lambda scores: (_log_prob(scores), bool(scores.likeliest.all()))
+    return self._scored("loglikelihood", asked, pairs, answer, disable_tqdm)
+
+  def loglikelihood_rolling(
+      self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[float]:
+    """Log-probabilities of whole texts after the prefix token, each read once."""
+    asked = [request.args for request in requests]
+    encode = lambda text: np.asarray(self.tok_encode(text, add_special_tokens=False), np.int32)
+    pairs = [([self.prefix_token_id], encode(text)) for (text,) in asked]
+    return self._scored("loglikelihood_rolling", asked, pairs, _log_prob, disable_tqdm)
+
+  def _scored(self, kind, asked, pairs, answer, disable_tqdm):
+    answers = [None] * len(pairs)
+    scored = scores_after(self._engine, pairs, self.batch_size)
+    for i, scores in tqdm(scored, total=len(pairs), desc=kind, disable=disable_tqdm):
+      answers[i] = answer(scores)
+      self.cache_hook.add_partial(kind, asked[i], answers[i])
+    return answers
+
+  def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    """What the model writes after contexts of any length, without the string that ended it.
+
+    Raises:
+      UserError: see `request_of`.
+    """
+    asked = [request.args for request in requests]
+    wanted = [
+        request_of(settings, self.max_gen_toks, self.seed + i)
+        for i, (_, settings) in enumerate(asked)
+    ]
+    answers, begin = [""] * len(asked), [self.prefix_token_id]
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]), reverse=True)
+    B = min(self.batch_size, len(asked))
+    with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm) as bar:
+      for some in _batches(order, B):
+        spare = B - len(some)  # rows that write nothing
+        prompts = [self.tok_encode(asked[i][0]) or begin for i in some] + [begin] * spare
+        limits = [wanted[i] for i in some] + [Request(max_new_tokens=0)] * spare
+        for i, completion in zip(some, self.model.complete(prompts, limits)):
+          answers[i] = completion.text
+          self.cache_hook.add_partial("generate_until", asked[i], answers[i])
+        bar.update(len(some))
+    return answers
+
+  @property
+  def _template(self) -> ChatTemplate:
+    template = getattr(self.model.vocabulary, "chat_template", None)
+    if template is None:
+      raise UserError("the model has no chat template: leave apply_chat_template out")
+    return template
+
+  def apply_chat_template(
+      self, chat_history: list[Message], add_generation_prompt: bool = True
+  ) -> str:
+    """The text of a talk.
+
+    Args:
+      chat_history: its messages. Where the template refuses a system's, that is left out.
+      add_generation_prompt: with what stands before an answer. False: the last message is one that
+        has begun, and the text ends where it does.
+
+    Raises:
+      UserError: no template, or it refuses the messages.
+    """
+    try:
+      text = self._template.render(chat_history, add_generation_prompt)
+    except UserError:
+      others = [message for message in chat_history if message["role"] != "system"]
+      if len(others) in (0, len(chat_history)):
+        raise
+      text = self._template.render(others, add_generation_prompt)
+    if add_generation_prompt:
+      return text
+    begun = chat_history[-1]["content"].strip()
+    return text[: text.rindex(begun) + len(begun)]
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """The template's source; None where none is asked for."""
+    return self._template.source if chat_template else None
+
+  @property
+  def tokenizer_name(self) -> str:
+    """Stands for the vocabulary in the names of the harness's caches."""
+    vocabulary = self.model.vocabulary
+    return getattr(vocabulary, "path", type(vocabulary).__name__).replace("/", "__")
+
+  def get_model_info(self) -> dict[str, Any]:
+    """What the harness writes down of the model beside its results."""
+    memory = dataclasses.asdict(self.model.config.memory)
+    return {"model_sha": self.model.fingerprint, "model_memory": memory}
+
+
+def command(arguments: argparse.Namespace) -> int:
+  """`famjax harness`: prints the harness's own table, and leaves its results in `--out`."""
+  try:
+    metadata = json.loads(arguments.metadata)
+  except ValueError as error:
+    raise UserError(f"--metadata is no JSON ({error}): give an object") from error
+  model = load(arguments.checkpoint)
+  if path := getattr(model.vocabulary, "path", None):  # RULER's tasks count tokens
+    metadata = {"tokenizer": path} | metadata
+  manager = TaskManager(include_path=arguments.include_path, metadata=metadata)
+  tasks = arguments.tasks.split(",")
+  for task in tasks:
+    if not manager.match_tasks([task]):
+      raise UserError(f"--tasks: {task!r} is not known; add --include_path=DIR for your own")
+  results = lm_eval.simple_evaluate(
+      HarnessModel(model, arguments.batch_size),
+      tasks=tasks,
+      num_fewshot=arguments.num_fewshot,
+      batch_size=arguments.batch_size,
+      limit=arguments.limit,
+      apply_chat_template=arguments.apply_chat_template,
+      task_manager=manager,
+      log_samples=False,
+  )
+  about = {"model": "famjax", "model_args": {"checkpoint": str(arguments.checkpoint)}}
+  results["config"] |= about
+  if arguments.out:
+    out = pathlib.Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+  print(make_table(results))
+  if results.get("groups"):
+    print(make_table(results, "groups"))
+  return 0
