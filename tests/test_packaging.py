@@ -43,7 +43,10 @@ def test_released_files_win_over_nightly_ones(name):
 
 @pytest.mark.parametrize("code", ["famjax", "famjax.Decoder, famjax.MemoryConfig", "import famjax.evaluation"])
 def test_import_needs_no_tensorflow(code):
-  heavy = {"tensorflow", "seqio", "t5", "gin", "clu", "matplotlib", "torch", "transformers", "peft", "lm_eval"}
+  heavy = {
+      "tensorflow", "seqio", "t5", "gin", "clu", "matplotlib", "torch", "transformers", "peft",
+      "lm_eval",
+  }  # fmt: skip
   code = f"import famjax, sys; {code}; print([name for name in {heavy} if name in sys.modules])"
   result = run(sys.executable, "-c", code, cwd=ROOT)
   assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr

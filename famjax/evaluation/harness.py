@@ -23,12 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from famjax.data.chat_templates import ChatTemplate, Message
-from famjax.data.vocabularies import begin_ids
+from famjax.data.tokenizers import TokenizerVocabulary
+from famjax.data.vocabularies import begin_ids, Vocabulary
 from famjax.errors import UserError
 from famjax.inference.engine import Engine, Scores
 from famjax.inference.generation import Request
 from famjax.inference.model import load, Model
 from famjax.inference.sampling import Sampling
+from famjax.training.metrics import write_text
 
 try:
   import lm_eval
@@ -64,8 +66,9 @@ def request_of(settings: dict[str, Any], max_gen_toks: int = 256, seed: int = 0)
   until = (until,) if isinstance(until, str) else until
   # Without do_sample, a temperature alone asks for draws; with it, 1 is Hugging Face's default.
   temperature = 0.0 if sample is False else settings.get("temperature", 1.0 if sample else 0.0)
-  sampling = Sampling(temperature, seed=seed, **{n: settings[n] for n in _SAMPLING if n in settings})
+  others = {name: settings[name] for name in _SAMPLING if name in settings}
   most = next((settings[name] for name in _MOST if name in settings), max_gen_toks)
+  sampling = Sampling(temperature, seed=seed, **others)
   return Request(int(most), sampling, tuple(filter(None, until)))
 
 
@@ -270,15 +273,26 @@ class HarnessModel(TemplateLM):
     return {"model_sha": self.model.fingerprint, "model_memory": memory}
 
 
+def metadata_of(vocabulary: Vocabulary, given: str) -> dict[str, Any]:
+  """What tasks are told: `given`, JSON, and the tokenizer by which RULER's count, if it has a name.
+
+  Raises:
+    UserError: it is no JSON object.
+  """
+  try:
+    told = json.loads(given)
+  except ValueError as error:
+    raise UserError(f"--metadata={given} is no JSON ({error}): give an object") from error
+  if not isinstance(told, dict):
+    raise UserError(f"--metadata={given} is no JSON object: give one, {{...}}")
+  named = isinstance(vocabulary, TokenizerVocabulary)
+  return ({"tokenizer": vocabulary.path} if named else {}) | told
+
+
 def command(arguments: argparse.Namespace) -> int:
   """`famjax harness`: prints the harness's own table, and leaves its results in `--out`."""
-  try:
-    metadata = json.loads(arguments.metadata)
-  except ValueError as error:
-    raise UserError(f"--metadata is no JSON ({error}): give an object") from error
   model = load(arguments.checkpoint)
-  if path := getattr(model.vocabulary, "path", None):  # RULER's tasks count tokens
-    metadata = {"tokenizer": path} | metadata
+  metadata = metadata_of(model.vocabulary, arguments.metadata)
   manager = TaskManager(include_path=arguments.include_path, metadata=metadata)
   tasks = arguments.tasks.split(",")
   for task in tasks:
@@ -294,13 +308,12 @@ def command(arguments: argparse.Namespace) -> int:
       task_manager=manager,
       log_samples=False,
   )
-  about = {"model": "famjax", "model_args": {"checkpoint": str(arguments.checkpoint)}}
-  results["config"] |= about
+  results["config"] |= {"model": "famjax", "model_args": {"checkpoint": arguments.checkpoint}}
   if arguments.out:
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_text(out / "results.json", text + "\n")
   print(make_table(results))
   if results.get("groups"):
     print(make_table(results, "groups"))

@@ -1,8 +1,10 @@
-"""What the lm-evaluation-harness is told equals slow sums over whole logits; no test needs a network."""
+"""What the lm-evaluation-harness is told equals slow sums over whole logits, without a network."""
 
 import dataclasses
+import functools
 import importlib
 import json
+import pathlib
 import socket
 import sys
 
@@ -18,7 +20,8 @@ import pytest
 from famjax import cli
 from famjax.data.tokenizers import TokenizerVocabulary
 from famjax.errors import UserError
-from famjax.evaluation.harness import HarnessModel, request_of
+from famjax.evaluation import harness as harness_module
+from famjax.evaluation.harness import HarnessModel, metadata_of, request_of
 from famjax.inference import engine
 from famjax.inference.generation import Request
 from famjax.inference.model import Model
@@ -30,6 +33,9 @@ from tests.data import chats
 from tests.inference import tiny
 
 BATCH = 3
+# Not the harness's own 14,000 tasks, which take seconds to list.
+TASKS_OF = functools.partial(TaskManager, include_defaults=False)
+RULER = pathlib.Path(lm_eval.__file__).parent / "tasks" / "ruler"
 LONG = "The grass is green. The sky is blue. " * 30
 
 
@@ -50,7 +56,7 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(scope="module", name="model")
 def _model():
-  """A random model of bytes that finds letters, digits and the like likeliest, so that it writes text."""
+  """A random model of bytes that finds letters, digits and the like likeliest: it writes text."""
   decoder = Decoder(tiny.CONFIG, rngs=nnx.Rngs(3))
   text = np.isin(np.arange(259), tiny.BYTES.encode("".join(map(chr, range(32, 127)))))
   decoder.head.kernel[...] = decoder.head.kernel[...] * text
@@ -68,9 +74,10 @@ def ask(kind, *arguments):
 
 
 def log_probs(model, tokens) -> np.ndarray:
-  """float64 `[n - 1, V]` by one call of the model."""
-  logits, _ = model(np.array([tokens[:-1]]), model.init_state())
-  logits = np.asarray(logits[0], np.float64)
+  """float64 `[n - 1, V]` by one call of the model, of one shape whatever n is."""
+  padded = np.pad(tokens, (0, len(LONG) + 32 - len(tokens)))
+  logits, _ = model(padded[None], model.init_state())
+  logits = np.asarray(logits[0, : len(tokens) - 1], np.float64)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -170,7 +177,8 @@ def test_it_writes_what_the_model_writes(model, harness):
     [
         ({}, Request(256)),
         ({"until": ["a", ""], "max_new_tokens": 3}, Request(3, stop=("a",))),
-        ({"until": "a", "max_gen_toks": 2, "max_tokens": 9, "top_p": None}, Request(2, stop=("a",))),
+        ({"until": "a", "max_gen_toks": 2, "max_tokens": 9}, Request(2, stop=("a",))),
+        ({"until": None, "temperature": None, "top_p": None}, Request(256)),
         ({"temperature": 0.5}, Request(256, Sampling(0.5))),
         ({"do_sample": True, "min_p": 0.1}, Request(256, Sampling(1.0, min_p=0.1))),
         ({"do_sample": False, "temperature": 0.5, "num_beams": 1}, Request(256)),
@@ -221,7 +229,7 @@ def test_chat_templates(tmp_path):
   vocabulary = harness.model.vocabulary
   text = harness.apply_chat_template(TALK)
   assert text == vocabulary.render(TALK) and text.startswith("<s>")
-  # The template has begun the text, and nothing begins it again; a context that it has not is begun.
+  # The template has begun the text, and nothing begins it again; other texts are begun.
   assert harness.tok_encode(text) == vocabulary.encode(text)
   assert harness.tok_encode("is blue") == [1, *vocabulary.encode("is blue")]
   assert harness.tok_encode("is blue", add_special_tokens=False) == vocabulary.encode("is blue")
@@ -251,7 +259,8 @@ def _tasks(tmp_path_factory):
   """A directory with two tasks over a file of questions."""
   directory = tmp_path_factory.mktemp("tasks")
   colors = ["green", "blue", "red"]
-  rows = [{"thing": t, "colors": colors, "right": i} for i, t in enumerate(("grass", "sky", "rose"))]
+  things = ["grass", "sky", "rose"]
+  rows = [{"thing": thing, "colors": colors, "right": i} for i, thing in enumerate(things)]
   (directory / "things.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   common = f"""\
 dataset_path: json
@@ -274,7 +283,7 @@ doc_to_text: "The {{{{thing}}}} is"
 def test_tasks_of_a_directory(model, tasks):
   result = lm_eval.simple_evaluate(
       HarnessModel(model, BATCH), tasks=["famjax_choose", "famjax_write"],
-      task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+      task_manager=TASKS_OF(include_path=str(tasks)), bootstrap_iters=0,
   )  # fmt: skip
   encode, right = tiny.BYTES.encode, 0
   for sample in result["samples"]["famjax_choose"]:
@@ -298,12 +307,12 @@ def test_ruler(model, tmp_path, monkeypatch):
   monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
   metadata = {"tokenizer": str(tmp_path), "max_seq_lengths": [4096]}
   result = lm_eval.simple_evaluate(
-      HarnessModel(model, 2), tasks=["niah_single_1"], limit=2, bootstrap_iters=0,
-      task_manager=TaskManager(metadata=metadata),
+      HarnessModel(model, BATCH), tasks=["niah_single_1"], limit=BATCH, bootstrap_iters=0,
+      task_manager=TASKS_OF(include_path=str(RULER), metadata=metadata),
   )  # fmt: skip
   samples = result["samples"]["niah_single_1"]
   contexts = [sample["arguments"][0][0] for sample in samples]
-  assert all(3000 < len(context) < 4096 for context in contexts)
+  assert all(2000 < len(context) < 4096 for context in contexts)
   prompts = [tiny.BYTES.encode(context) for context in contexts]
   said = model.complete(prompts, Request(128))
   assert [sample["resps"] for sample in samples] == [[[one.text]] for one in said]
@@ -318,6 +327,17 @@ def _run(tmp_path_factory):
   return directory
 
 
+def test_what_tasks_are_told(tmp_path):
+  hub.save_tokenizer(tmp_path, LONG)
+  vocabulary = TokenizerVocabulary(str(tmp_path))
+  assert metadata_of(vocabulary, '{"a": 1}') == {"tokenizer": str(tmp_path), "a": 1}
+  assert metadata_of(vocabulary, '{"tokenizer": "other"}') == {"tokenizer": "other"}
+  assert metadata_of(tiny.BYTES, "{}") == {}
+  for wrong in ("{", "3"):
+    with pytest.raises(UserError, match="is no JSON"):
+      metadata_of(tiny.BYTES, wrong)
+
+
 def test_it_is_made_of_a_checkpoint(run):
   made = get_model("famjax").create_from_arg_string(f"checkpoint={run},max_gen_toks=7,batch_size=2")
   assert isinstance(made, HarnessModel) and made.batch_size == 2
@@ -326,7 +346,8 @@ def test_it_is_made_of_a_checkpoint(run):
   assert made.generate_until(asked, disable_tqdm=True) == [said]
 
 
-def test_the_command(run, tasks, tmp_path, capsys):
+def test_the_command(run, tasks, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(harness_module, "TaskManager", TASKS_OF)
   command = ["harness", f"--checkpoint={run}", f"--include_path={tasks}", f"--out={tmp_path}"]
   assert cli.main([*command, "--tasks=famjax_choose", "--limit=2", "--batch_size=2"]) == 0
   assert "|famjax_choose|" in capsys.readouterr().out
@@ -334,10 +355,9 @@ def test_the_command(run, tasks, tmp_path, capsys):
   assert results["config"]["model_args"] == {"checkpoint": str(run)}
   assert results["n-samples"]["famjax_choose"] == {"original": 3, "effective": 2}
   assert results["results"]["famjax_choose"]["acc,none"] in (0, 0.5, 1)
-  for wrong, line in (("--tasks=nothing", "'nothing' is not known"), ("--metadata={", "is no JSON")):
-    assert cli.main([*command, "--tasks=famjax_choose", wrong]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("famjax: error: --") and line in error
+  assert cli.main([*command, "--tasks=famjax_choose,nothing"]) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("famjax: error: --tasks: 'nothing' is not known")
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch, capsys):
