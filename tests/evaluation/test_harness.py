@@ -299,6 +299,29 @@ def test_tasks_of_a_directory(model, tasks):
   assert result["config"]["model_memory"]["fam_length"] == tiny.CONFIG.memory.fam_length
 
 
+def test_tasks_as_talks(tasks, tmp_path, monkeypatch):
+  """With an answer that has begun, and with examples."""
+  harness = talker(tmp_path, chats.CHATML)
+  monkeypatch.setattr(HarnessModel, "generate_until", lambda _, requests: ["x"] * len(requests))
+  (tmp_path / "begun.yaml").write_text(
+      f"include: {tasks}/write.yaml\ntask: famjax_begun\ngen_prefix: 'It is'\n"
+  )
+  result = lm_eval.simple_evaluate(
+      harness, tasks=["famjax_begun", "famjax_write"], apply_chat_template=True, num_fewshot=1,
+      limit=1, task_manager=TASKS_OF(include_path=[str(tasks), str(tmp_path)]), bootstrap_iters=0,
+  )  # fmt: skip
+  render = harness.model.vocabulary.render
+  user = lambda thing: {"role": "user", "content": f"The {thing} is"}
+  for name, begun in (("famjax_write", ""), ("famjax_begun", "It is")):
+    ((text, _),) = [s["arguments"][0] for s in result["samples"][name]]
+    example = {"sky": "blue", "rose": "red"}
+    talks = [
+        [user(t), {"role": "assistant", "content": f"{begun} {c}".strip()}, user("grass")]
+        for t, c in example.items()
+    ]
+    assert text in [render(talk) + begun for talk in talks]
+
+
 def test_ruler(model, tmp_path, monkeypatch):
   """Its texts are made here, and counted by the tokenizer of bytes, which needs no file."""
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
