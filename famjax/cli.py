@@ -117,8 +117,8 @@ def _add_eval(commands) -> None:
       "eval", help="ask a trained model about long texts",
       description="With --checkpoint, asks its model questions about texts that are made, in constant"
       " memory: famjax eval --gin_file=gin/eval/ruler.gin --checkpoint=runs/first. It goes on where it"
-      " was stopped. Without, asks the newest checkpoint of a run for pass keys, and takes the"
-      " arguments that trained the run.",
+      " was stopped. Without, asks the newest checkpoint of a run for pass keys, or what its"
+      " Measurement.evaluation says, and takes the arguments that trained the run.",
   )  # fmt: skip
   _add_gin_options(parser)
   parser.add_argument("--checkpoint", metavar="DIR", help="a run's or a Hugging Face directory")
@@ -140,8 +140,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     print(configuration.measure_from_gin(arguments.checkpoint, arguments.out, name))
     return 0
   result = configuration.evaluate_from_gin()
-  for blocks, accuracy in result["accuracy"].items():
-    print(f"{blocks:>6} blocks  {accuracy:.3f}")
+  for length, accuracy in result["accuracy"].items():
+    print(f"{length:>6} {result.get('unit', 'blocks')}  {accuracy:.3f}")
   return 0
 
 

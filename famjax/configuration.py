@@ -30,8 +30,8 @@ import gin
 import famjax
 from famjax import data
 from famjax.errors import UserError
-from famjax.evaluation import documents, passkey, questions, study
-from famjax.evaluation.record import Measurement
+from famjax.evaluation import documents, passkey, questions, report, study
+from famjax.evaluation.record import Evaluation, Measurement, measure_run
 from famjax.inference.model import assemble
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel.mesh import MeshConfig
@@ -122,16 +122,28 @@ def train_from_gin(bindings: Sequence[str] = ()) -> TrainResult:
 
 
 def evaluate_from_gin() -> dict[str, Any]:
-  """Asks the model of `train.run_dir` for pass keys, as `PassKeyEval` says; leaves `passkey.json`.
+  """Asks the model of `train.run_dir` what `Measurement.evaluation` says; without, for pass keys.
 
   Returns:
-    What is in the file: see `passkey.evaluate_run`.
+    What it leaves in `measured.json` or `passkey.json`: see `record.measure_run` and
+    `passkey.evaluate_run`.
   """
   arguments = _train_arguments()
   check(**arguments, settings=operative_settings)
+  asked, of = _asked(), (passkey.evaluate_run, measure_run)[_measures()]
+  return of(arguments["run_dir"], asked, arguments["train_reader"])
+
+
+def _measures() -> bool:
+  """Whether `famjax eval` of a run measures something other than pass keys."""
+  return "Measurement.evaluation" in gin.config_str()
+
+
+def _asked() -> passkey.PassKeyEval | Evaluation:
   with _gin_errors(kinds=()):
-    config = gin.get_configurable("PassKeyEval")()
-  return passkey.evaluate_run(arguments["run_dir"], config, arguments["train_reader"])
+    if _measures():
+      return gin.get_configurable("Measurement")().evaluation
+    return gin.get_configurable("PassKeyEval")()
 
 
 def measure_from_gin(checkpoint: str, out: str | None, name: str) -> str:
@@ -157,10 +169,13 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
   configure(gin_files, bindings)
   arguments = _train_arguments()
   run = check(**arguments, settings=operative_settings)
-  with _gin_errors(kinds=()):
-    ask = gin.get_configurable("PassKeyEval")()
-  ask.check(arguments["train_reader"].vocabulary, arguments["model"].memory)
-  return study.Plan(run["train"]["train_steps"], dataclasses.asdict(ask))
+  asked = _asked()
+  if _measures():
+    asked.validate()
+  else:
+    asked.check(arguments["train_reader"].vocabulary, arguments["model"].memory)
+  file = report.MEASURED if _measures() else report.PASSKEY
+  return study.Plan(run["train"]["train_steps"], dataclasses.asdict(asked), file)
 
 
 def run_from_gin(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
@@ -194,7 +209,9 @@ def _unused(bindings: Sequence[str]) -> list[str]:
   """Names among `bindings` that the run has not used, once it has been built."""
   used = operative_settings()
   names = [binding.partition("=")[0] for binding in bindings]
-  elsewhere = ("PassKeyEval.", "Study.")  # of other commands
+  elsewhere = (  # of other commands
+      "PassKeyEval.", "Study.", "Measurement.", "DocumentEval.", "QuestionEval."
+  )  # fmt: skip
   return [n for n in names if "." in n and n not in used and not n.startswith(elsewhere)]
 
 

@@ -7,7 +7,10 @@ import pathlib
 import subprocess
 import sys
 
+import gin
 import pytest
+
+from famjax import configuration
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -27,7 +30,7 @@ def test_streaming_measures_and_draws(tmp_path):
 
 
 def test_every_benchmark_says_what_it_does():
-  for name in ("streaming.py", "against_transformers.py", "finetune.py", "tpu_compile.py"):
+  for name in ("streaming.py", "against_transformers.py", "finetune.py", "paper.py", "tpu_compile.py"):
     command = [sys.executable, BENCHMARKS / name, "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "--out" in shown
@@ -102,3 +105,36 @@ def test_a_directory_of_other_arguments_is_not_gone_on_with(load, tmp_path):
   keep(steps=3, out="b")
   with pytest.raises(SystemExit, match="begun with --steps=3, not 4: name another --out"):
     keep(steps=4, out="a")
+
+
+def test_every_row_of_the_paper_is_a_study_that_can_be_run(load, tmp_path):
+  paper = load("paper")
+  for name, row in paper.ROWS.items():
+    file = f"gin/paper/{name}.gin"
+    configuration.configure([file], ["RUN_DIR=none"])
+    models = gin.get_configurable("Study")().models
+    assert {x for claim in row.claims for x in (claim.one, claim.other)} <= set(models)
+    for model, arguments in models.items():
+      files = [a for a in arguments if a.endswith(".gin")]
+      bindings = [a for a in arguments if not a.endswith(".gin")]
+      configuration.plan([file, *files], [*bindings, f"RUN_DIR={tmp_path / name / model}"])
+
+
+def test_a_claim_is_judged_by_differences_of_seeds(load):
+  paper = load("paper")
+
+  def judge(one, other, better=True):
+    results = [
+        dict(name=name, seed=seed, accuracy={"6": 9.0, "8": x, "12": x})
+        for name, values in (("A", one), ("B", other))
+        for seed, x in enumerate(values)
+    ]
+    found = paper._judge(paper.Claim("A", "B", "", better), results, past=6)
+    return round(found["difference"], 6), found["verdict"]
+
+  assert judge([0.5, 0.6, 0.7], [0.1, 0.2, 0.4]) == (0.366667, "agrees")
+  assert judge([0.1, 0.2, 0.4], [0.5, 0.6, 0.7]) == (-0.366667, "disagrees")
+  assert judge([0.5, 0.1, 0.6], [0.1, 0.2, 0.4]) == (0.166667, "cannot be told")
+  assert judge([0.5], [0.1]) == (0.4, "cannot be told")
+  assert judge([0.5, 0.1, 0.6], [0.1, 0.2, 0.4], better=False)[1] == "agrees"
+  assert judge([0.5, 0.6, 0.7], [0.1, 0.2, 0.4], better=False)[1] == "disagrees"

@@ -100,7 +100,8 @@ class DocumentEval:
         if n
     ]
     head = ["place, tokens", "tokens", "accuracy", "perplexity"]
-    return Measured({"bins": bins, "documents": sorted(names)}, [head, *rows])
+    curve = {place[1]: row[1] for place, row in zip(places, found) if row[0]}
+    return Measured({"bins": bins, "documents": sorted(names)}, [head, *rows], curve)
 
 
 def _tokens(model: Model, path: pathlib.Path) -> np.ndarray:

@@ -17,6 +17,7 @@ from famjax.data.readers import Reader
 from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 from famjax.evaluation import report
+from famjax.evaluation.record import facts
 from famjax.inference.model import Model, assemble
 from famjax.model.config import MemoryConfig
 from famjax.model.state import empty_state
@@ -122,7 +123,6 @@ def evaluate(model: Model, config: PassKeyEval) -> dict:
   return {
       "accuracy": {str(n): a for n, a in accuracy.items()},
       "asked": dataclasses.asdict(config) | {"blocks": list(config.blocks)},
-      "block_size": model.config.memory.block_size,
       "eval_seconds": round(time.time() - started, 2),
   }
 
@@ -138,20 +138,10 @@ def evaluate_run(
     reader: of the run's training data, for the lengths that the model has seen.
 
   Returns:
-    What is in the file: that of `evaluate`, `parameters`, `steps` of training, and in blocks the
-    longest document trained on and what back-propagation went through.
+    What is in the file: that of `evaluate`, and `record.facts`.
   """
   loaded = load_params(run_dir)
   model = assemble(loaded)
-  N = model.config.memory.block_size
-  by_step = getattr(reader.source, "longest_by", lambda step: reader.length)
-  longest = by_step(loaded.step - 1)
-  result = {
-      "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
-      "steps": loaded.step,
-      "longest_trained_blocks": -(-longest // N),
-      "backpropagated_blocks": reader.length // N,
-      **evaluate(model, config),
-  }
+  result = facts(loaded, model, reader) | evaluate(model, config)
   report.write_json(pathlib.Path(run_dir) / report.PASSKEY, result)
   return result

@@ -87,7 +87,8 @@ class QuestionEval:
     _plot(shares, record.directory / "report.png")
     head = ["task", *(f"{length:,}" for length in self.lengths)]
     rows = [[task, *(f"{s:.3f}" for s in by.values())] for task, by in shares.items()]
-    return Measured({"score": shares}, [head, *rows])
+    curve = {n: statistics.mean(by[str(n)] for by in shares.values()) for n in self.lengths}
+    return Measured({"score": shares}, [head, *rows], curve)
 
   def _left(self, found: Found) -> Iterator[tuple[str, int, list[int]]]:
     """Task, length and the numbers of the questions of each batch that is still to be asked."""

@@ -12,13 +12,19 @@ It leaves
 
 import dataclasses
 import json
+import os
 import pathlib
+import time
 from typing import NamedTuple, Protocol
 
+from flax import nnx
+import jax
+
+from famjax.data.readers import Reader
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.model import assemble, Model
-from famjax.training.checkpoint import load_params
+from famjax.training.checkpoint import load_params, Loaded
 
 
 class Record:
@@ -66,10 +72,12 @@ class Measured(NamedTuple):
   Attributes:
     results: for `report.json`.
     table: rows of cells, the first is the head.
+    curve: share of right answers by length or place in tokens: a line of a study's plot.
   """
 
   results: dict[str, object]
   table: list[list[str]]
+  curve: dict[int, float]
 
 
 class Evaluation(Protocol):
@@ -122,6 +130,50 @@ class Measurement:
     table = report.markdown(measured.table)
     (record.directory / "report.md").write_text(table + "\n", encoding="utf-8")
     return table
+
+
+def measure_run(
+    run_dir: str | os.PathLike[str], evaluation: Evaluation, reader: Reader
+) -> dict[str, object]:
+  """Measures a run's newest checkpoint and leaves `measured.json` in its directory.
+
+  Args:
+    run_dir: of the run.
+    evaluation: what is measured.
+    reader: of the run's training data, for the lengths that the model has seen.
+
+  Returns:
+    What is in the file: see `facts`, and "accuracy" by length or place in tokens.
+  """
+  evaluation.validate()
+  started, loaded = time.time(), load_params(run_dir)
+  model = assemble(loaded)
+  about = {"step": loaded.step, "asked": dataclasses.asdict(evaluation)}
+  record = Record(pathlib.Path(run_dir) / "eval" / f"study-{loaded.step}", about)
+  measured = evaluation.run(model, record)
+  result = {
+      **facts(loaded, model, reader),
+      "accuracy": {str(n): share for n, share in measured.curve.items()},
+      "asked": about["asked"],
+      "unit": "tokens",
+      "eval_seconds": round(time.time() - started, 2),
+  }
+  report.write_json(pathlib.Path(run_dir) / report.MEASURED, result)
+  return result
+
+
+def facts(loaded: Loaded, model: Model, reader: Reader) -> dict[str, int]:
+  """What a report says of a run besides results: its parameters, its steps of training, and in
+  blocks the longest document trained on and what back-propagation went through."""
+  N = model.config.memory.block_size
+  by_step = getattr(reader.source, "longest_by", lambda step: reader.length)
+  return {
+      "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
+      "steps": loaded.step,
+      "block_size": N,
+      "longest_trained_blocks": -(-by_step(loaded.step - 1) // N),
+      "backpropagated_blocks": reader.length // N,
+  }
 
 
 def _home(checkpoint: str) -> pathlib.Path:

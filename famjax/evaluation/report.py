@@ -1,4 +1,4 @@
-"""What a PassKey study leaves for people: a table, a plot, and `report.json` beside them."""
+"""What a study leaves for people: a table, a plot, and `report.json` beside them."""
 
 from collections.abc import Sequence
 import json
@@ -11,10 +11,12 @@ import numpy as np
 
 from famjax.training.metrics import write_text
 
-PASSKEY = "passkey.json"  # what an evaluation leaves in a run's directory
+# What an evaluation leaves in a run's directory.
+PASSKEY, MEASURED = "passkey.json", "measured.json"
 
 # One model of one seed: "name", "seed", "parameters", "longest_trained_blocks",
-# "backpropagated_blocks", "train_seconds", "accuracy" {blocks: share}, and so on.
+# "backpropagated_blocks", "train_seconds", "accuracy" {length: share}, in "unit", blocks unless it is
+# there, and so on.
 Result = dict
 
 
@@ -38,12 +40,13 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-  """A Markdown table: a row for every model and seed, a column for every length in blocks."""
+  """A Markdown table: a row for every model and seed, a column for every length."""
   lengths = _lengths(results)
   head = ["model", "seed", "parameters", "trained on, blocks", *map(str, lengths), "train, s"]
   rows = [head]
   for r in results:
-    marks = [_mark(r["accuracy"].get(str(n))) for n in lengths]
+    digits = 2 if r.get("unit", "blocks") == "blocks" else 4  # next tokens differ by little
+    marks = [_mark(r["accuracy"].get(str(n)), digits) for n in lengths]
     rows.append([
         r["name"], str(r["seed"]), f"{r['parameters']:,}", str(r["longest_trained_blocks"]),
         *marks, f"{r['train_seconds']:.0f}",
@@ -75,6 +78,7 @@ def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
   import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 
   figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+  unit = results[0].get("unit", "blocks")
   names = list(dict.fromkeys(r["name"] for r in results))
   for i, name in enumerate(names):
     mine = [r for r in results if r["name"] == name]
@@ -89,13 +93,16 @@ def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
     if len(mine) > 1:
       axes.fill_between(lengths, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
     trained = statistics.median(r["longest_trained_blocks"] for r in mine)
+    trained *= 1 if unit == "blocks" else mine[0]["block_size"]
     axes.axvline(trained, color=color, linestyle=":", linewidth=1)
   axes.set_xscale("log", base=2)
   axes.set_xticks(_lengths(results), labels=map(str, _lengths(results)))
   axes.set_xticks([], minor=True)
-  axes.set_ylim(-0.03, 1.03)
-  axes.set_xlabel("document length in blocks (dotted: the longest that was trained on)")
-  axes.set_ylabel("pass keys retrieved whole")
+  if unit == "blocks":
+    axes.set_ylim(-0.03, 1.03)
+  what = {"blocks": "pass keys retrieved whole", "tokens": "right answers"}[unit]
+  axes.set_xlabel(f"length in {unit} (dotted: the longest that was trained on)")
+  axes.set_ylabel(what)
   axes.set_title(title)
   axes.grid(alpha=0.25)
   axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -108,5 +115,5 @@ def _lengths(results: Sequence[Result]) -> list[int]:
   return sorted({int(n) for r in results for n in r["accuracy"]})
 
 
-def _mark(value: float | None) -> str:
-  return "" if value is None else f"{value:.2f}"
+def _mark(value: float | None, digits: int) -> str:
+  return "" if value is None else f"{value:.{digits}f}"

@@ -30,12 +30,14 @@ class Study:
   """What to compare.
 
   Attributes:
-    run_dir: gets `report.json`, the plot, the table, and a directory for every run.
+    run_dir: gets a directory for every run.
     models: name of each model, to what its runs add to the command line: gin files, and bindings
       NAME=VALUE. Later ones win.
     seeds: each model is trained once for each.
     parallel: runs at a time, each on its share of the processor's cores; 1 on an accelerator.
     title: of the plot.
+    report_dir: gets `report.json`, the plot and the table; None: `run_dir`. Studies that share some of
+      their runs have one run_dir, and reports of their own.
     prompt: a model of the first name and seed goes on from here, as a sample; empty: none does.
     sample_tokens: how far.
   """
@@ -45,6 +47,7 @@ class Study:
   seeds: tuple[int, ...] = (0,)
   parallel: int = 1
   title: str = "PassKey retrieval"
+  report_dir: str | None = None
   prompt: str = ""
   sample_tokens: int = 60
 
@@ -69,10 +72,12 @@ class Plan(NamedTuple):
   Attributes:
     steps: of training.
     asked: the settings of its evaluation, by name.
+    file: that the evaluation leaves in the run's directory.
   """
 
   steps: int
   asked: dict[str, object]
+  file: str = report.PASSKEY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +101,19 @@ class _Job:
     """Holds the time of training, over all of its sittings."""
     return self.directory.with_name(self.directory.name + ".seconds")
 
-  def result(self) -> report.Result:
+  def result(self, plan: Plan) -> report.Result:
     return {
         "name": self.name,
         "seed": self.seed,
         "train_seconds": float(self.seconds.read_text()),
-        **json.loads((self.directory / report.PASSKEY).read_text()),
+        **json.loads((self.directory / plan.file).read_text()),
     }
 
   def finished(self, plan: Plan) -> bool:
     """Whether it was trained as long as planned, and asked what is to be asked."""
-    if not ((self.directory / report.PASSKEY).exists() and self.seconds.exists()):
+    if not ((self.directory / plan.file).exists() and self.seconds.exists()):
       return False
-    result = self.result()
+    result = self.result(plan)
     asked = json.loads(json.dumps(plan.asked))
     return (result.get("steps"), result.get("asked")) == (plan.steps, asked)
 
@@ -169,10 +174,10 @@ def run(
     raise TerminatedError(
         f"SIGTERM: the runs of {root} have saved what they have; the same command goes on from there"
     )
-  results = [job.result() for job in jobs if job.finished(plans[job])]
+  results = [job.result(plans[job]) for job in jobs if job.finished(plans[job])]
   if results:
     command = [*(f"--gin_file={f}" for f in gin_files), *(f"--gin.{b}" for b in bindings)]
-    _write(study, root, results, command, time.time() - started)
+    _write(study, results, command, time.time() - started)
   if failures:
     raise UserError("; ".join(failures))
   return results
@@ -272,13 +277,14 @@ def _run_job(
       say(f"failed: {last}")
       return f"{job.label} failed ({last}); its log is {job.log}"
   if not job.finished(plan):
-    steps = job.result().get("steps")
+    steps = job.result(plan).get("steps")
     return (
         f"{job.label} has {steps} steps of training, and {plan.steps} were asked for: name another"
         f" directory than {job.directory}"
     )
-  accuracy = job.result()["accuracy"]
-  say("  ".join(f"{n} blocks {a:.2f}" for n, a in accuracy.items()))
+  result = job.result(plan)
+  unit = result.get("unit", "blocks")
+  say("  ".join(f"{n} {unit} {a:.2f}" for n, a in result["accuracy"].items()))
   return None
 
 
@@ -303,12 +309,14 @@ def _pin(pid: int, cores: Sequence[int]) -> None:
       os.sched_setaffinity(pid, cores)
 
 
-def _write(study: Study, root: pathlib.Path, results, command, seconds: float) -> None:
+def _write(study: Study, results, command, seconds: float) -> None:
   """Writes report.json, the plot, the table and a sample, and shows table and sample."""
-  plot = root / "passkey.png"
+  root = pathlib.Path(study.report_dir or study.run_dir)
+  name = "accuracy" if "unit" in results[0] else "passkey"
+  plot = root / f"{name}.png"
   report.plot(results, plot, study.title)
   table = report.table(results)
-  sample = _sample(study, root)
+  sample = _sample(study, pathlib.Path(study.run_dir))
   report.write_json(root / "report.json", {
       "title": study.title,
       "command": ["famjax", "study", *command],
@@ -317,7 +325,7 @@ def _write(study: Study, root: pathlib.Path, results, command, seconds: float) -
       "sample": sample,
       "results": results,
   })  # fmt: skip
-  (root / "passkey.md").write_text(table + "\n")
+  (root / f"{name}.md").write_text(table + "\n")
   print(f"\n{table}\n\nreport: {root / 'report.json'}   plot: {plot}", flush=True)
 
 
