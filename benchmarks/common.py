@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -54,9 +55,7 @@ def run(
 
   def alone(part):
     options = [f"--{name}={value}" for name, value in shape.items()]
-    command = [sys.executable, script, f"--part={json.dumps(part)}", *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])  # what else it prints comes before
+    return printed_by(script, f"--part={json.dumps(part)}", *options)
 
   found = measure_all(alone, shape, arguments)
   from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
@@ -66,6 +65,18 @@ def run(
   picture = arguments.out / f"{script.stem}.png"
   plot(found, shape, picture)
   print(f"report: {arguments.out / 'report.json'}   plot: {picture}")
+
+
+def printed_by(script: str | pathlib.Path, *arguments: str) -> object:
+  """The JSON that a Python script prints last, in a process of its own."""
+  command = [sys.executable, script, *arguments]
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory_mb() -> float:
+  """The most memory that this process has had, MiB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def keep_arguments(out: pathlib.Path, arguments: argparse.Namespace, free: tuple[str, ...]) -> None:

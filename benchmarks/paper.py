@@ -42,57 +42,57 @@ class Claim(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A figure or table of the paper; `past` is the length beyond which its models are compared."""
+  """A figure or table of the paper; its study includes gin/paper/BASE.gin."""
 
   name: str
-  past: int
+  base: str
   claims: tuple[Claim, ...]
 
 
-_KEYS, _TEXTS = 6, 256
+PAST = {"keys": 6, "texts": 256}  # blocks, bytes: models are compared beyond
 ROWS = {
-    "fig3a": Row("Fig. 3a", _KEYS, (
+    "fig3a": Row("Fig. 3a", "keys", (
         Claim("FAM", "BSWA M3", "FAM perfect to 260k tokens; BSWA far below its theoretical field"),
         Claim("BSWA M2", "BSWA M1", "BSWA improves up to M2"),
         Claim("BSWA M3", "BSWA M2", "and then no more", better=False),
         Claim("BSWA M1", "BSWA M1 SG", "with stopped gradients M1 sees one window"),
     )),
-    "fig5": Row("Fig. 5", _TEXTS, (
+    "fig5": Row("Fig. 5", "texts", (
         Claim("FAM", "without RPO", "PG-19 falls without RPO"),
         Claim("FAM", "without RSP", "PG-19 falls without RSP"),
         Claim("FAM", "prefix", "PG-19 falls with a prefix"),
     )),
-    "fig6": Row("Fig. 6", _TEXTS, (
+    "fig6": Row("Fig. 6", "texts", (
         Claim("FAM", "without RSP", "RSP is best at 0.8"),
         Claim("FAM", "RSP 0.4", "RSP is best at 0.8"),
         Claim("FAM", "RSP 1.0", "RSP is best at 0.8"),
     )),
-    "fig7": Row("Fig. 7", _KEYS, (
+    "fig7": Row("Fig. 7", "keys", (
         Claim("FAM", "AutoCompressors", "AutoCompressors drop after the 18k seen in training"),
         Claim("FAM", "RMT", "RMT is worse than FAM"),
         Claim("BSWA M1", "RMT", "RMT is worse than BSWA M1"),
     )),
-    "fig9": Row("Fig. 9", _KEYS, (
+    "fig9": Row("Fig. 9", "keys", (
         Claim("FM1", "BSWA M1", "feedback memory segments beat BSWA"),
         Claim("FAM", "FM4", "but fall short of FAM"),
         Claim("FAM", "SUM FAM", "static summary queries fail"),
     )),
-    "table5": Row("Table 5", _KEYS, (
+    "table5": Row("Table 5", "keys", (
         Claim("FAM", "F 2", "F 4/16/64/256/1024: Qasper 5.0/6.0/7.2/5.1/5.3, best in the middle"),
         Claim("FAM", "F 16", "best in the middle"),
     )),
-    "table6": Row("Table 6", _KEYS, (
+    "table6": Row("Table 6", "keys", (
         Claim("2 FAMs", "FAM", "1/2/3/4/6 FAMs: XLSum 15.9/15.8/15.7/15.1/16.2", better=False),
         Claim("4 FAMs", "FAM", "no gain", better=False),
     )),
-    "table7": Row("Table 7", _TEXTS, (
+    "table7": Row("Table 7", "texts", (
         Claim("FAM", "float", "last/float/zero: PG-19 47.7/47.6/47.3, last is best"),
         Claim("FAM", "zero", "last is best"),
     )),
-    "table8": Row("Table 8", _TEXTS, (
+    "table8": Row("Table 8", "texts", (
         Claim("Transformer-XL", "BSWA M1", "the two are about equal", better=False),
     )),
-    "table11": Row("Table 11", _TEXTS, (
+    "table11": Row("Table 11", "texts", (
         Claim("BSWA M1", "BSWA M0", "PG-19: M0 43.0, M1 46.4"),
         Claim("BSWA M3", "BSWA M1", "PG-19: M1 46.4, M3 46.3", better=False),
         Claim("BSWA M8", "BSWA M1", "PG-19: M1 46.4, M8 45.7", better=False),
@@ -132,19 +132,21 @@ def main() -> None:
 
 def _study(out: pathlib.Path, name: str, arguments) -> None:
   """Runs what is missing of a row's study; keeps its time, over all of its sittings."""
-  on_keys = ROWS[name].past == _KEYS
+  base = ROWS[name].base
   bindings = [
-      f"STUDY_DIR={out / ('keys' if on_keys else 'texts')}", f"Study.report_dir={out / name}",
+      f"STUDY_DIR={out / base}", f"Study.report_dir={out / name}",
       f"PARALLEL={arguments.parallel}",
   ]  # fmt: skip
-  if arguments.train and not on_keys:
+  if arguments.train and base == "texts":
     bindings += [f"CORPUS={arguments.train}", f"ASKED={arguments.valid}"]
     bindings += ["SPLIT=all", "ASKED_SPLIT=all"]
   if arguments.fast:
     bindings += ["TRAIN_STEPS=2", "SEEDS=(0,)", "BATCH_SIZE=2"]
     bindings += ["ModelConfig.num_layers=1", "ModelConfig.model_dim=16", "ModelConfig.ff_dim=16"]
-    bindings += ["EVAL_BLOCKS=(5, 8)"] if on_keys else ["EDGES=(0, 256, 512)"]
-    bindings += ["PassKeyEval.examples=2"] if on_keys else ["DocumentEval.documents=1"]
+    bindings += {
+        "keys": ["EVAL_BLOCKS=(5, 8)", "PassKeyEval.examples=2"],
+        "texts": ["EDGES=(0, 256, 512)", "DocumentEval.documents=1"],
+    }[base]
   command = [sys.executable, "-m", "famjax.cli", "study", f"--gin_file=gin/paper/{name}.gin"]
   began = time.time()
   status = subprocess.run([*command, *(f"--gin.{b}" for b in bindings)], check=False).returncode
@@ -159,8 +161,6 @@ def _study(out: pathlib.Path, name: str, arguments) -> None:
 def read(fam: int, length: int, layers: int) -> dict[str, float]:
   """Seconds and peak memory of a random model that reads so many tokens, compiled before."""
   common.use_cores(1)
-  import resource  # pylint: disable=import-outside-toplevel
-
   import jax  # pylint: disable=import-outside-toplevel
 
   shape = SHAPE | dict(fam=fam, layers=layers)
@@ -169,8 +169,7 @@ def read(fam: int, length: int, layers: int) -> dict[str, float]:
   jax.block_until_ready(model.read(tokens[: 32 * shape["block"]]))
   began = time.perf_counter()
   jax.block_until_ready(model.read(tokens))
-  seconds = time.perf_counter() - began
-  return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+  return {"seconds": time.perf_counter() - began, "peak_mb": common.peak_memory_mb()}
 
 
 def _cost(file: pathlib.Path, fast: bool) -> None:
@@ -182,9 +181,7 @@ def _cost(file: pathlib.Path, fast: bool) -> None:
   for length in lengths:
     for _ in range(repeats):
       for name, fam in (("BSWA", 0), ("FAM", SHAPE["fam"])):
-        command = [sys.executable, __file__, f"--cost={json.dumps([fam, length, layers])}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        one = json.loads(done.stdout.splitlines()[-1])
+        one = common.printed_by(__file__, f"--cost={json.dumps([fam, length, layers])}")
         found.setdefault(name, {}).setdefault(str(length), []).append(one)
     print(f"{COST}: {length:,} tokens read", flush=True)
   about = {"shape": SHAPE | {"layers": layers}, "machine": report.machine()}
@@ -195,24 +192,25 @@ def _write(out: pathlib.Path) -> None:
   """Tables, picture and report of every row that is there."""
   from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
 
-  load = lambda name: json.loads((out / name / "report.json").read_text())
-  there = [name for name in ROWS if (out / name / "report.json").exists()]
+  files = {name: out / name / "report.json" for name in [*ROWS, COST]}
+  there = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+  cost = there.pop(COST, None)
   parts, verdicts = [], {}
-  for name in there:
-    row, results = ROWS[name], load(name)["results"]
-    verdicts[name] = [_judge(claim, results, row.past) for claim in row.claims]
+  for name, found in there.items():
+    row, results = ROWS[name], found["results"]
+    verdicts[name] = [_judge(claim, results, PAST[row.base]) for claim in row.claims]
     minutes = float((out / name / "seconds").read_text()) / 60
     parts += [f"## {row.name}", f"    famjax study --gin_file=gin/paper/{name}.gin"]
     parts += [report.markdown(_means(results)), report.markdown(_judged(row, verdicts[name]))]
     parts.append(f"{minutes:.1f} minutes, what other rows had trained not counted.")
-  if (out / COST / "report.json").exists():
+  if cost:
     parts += ["## Tables 13 and 14", f"    python benchmarks/paper.py --row={COST}"]
-    parts.append(report.markdown(_costs(load(COST)["read"])))
+    parts.append(report.markdown(_costs(cost["read"])))
   (out / "tables.md").write_text("\n\n".join(parts) + "\n")
   about = {"command": ["python", *sys.argv], "machine": report.machine(), "claims": verdicts}
   report.write_json(out / "report.json", about)
   if there:
-    _plot({ROWS[name].name: load(name)["results"] for name in there}, out / "paper.png")
+    _plot({ROWS[name].name: found["results"] for name, found in there.items()}, out / "paper.png")
   print("\n\n".join(parts))
 
 
@@ -242,15 +240,15 @@ def _judge(claim: Claim, results, past: int) -> dict[str, object]:
 
 def _means(results) -> list[list[str]]:
   """A row of each model: its accuracy by length, mean and standard deviation over seeds."""
-  lengths = sorted({int(n) for r in results for n in r["accuracy"]})
-  digits = 4 if "unit" in results[0] else 2
-  unit = results[0].get("unit", "blocks")
-  rows = [[f"accuracy up to {unit}" if digits == 4 else unit, *(f"{n:,}" for n in lengths)]]
-  for name in dict.fromkeys(r["name"] for r in results):
-    mine = [r["accuracy"] for r in results if r["name"] == name]
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
+  lengths, digits = report.lengths_of(results), report.digits(results[0])
+  head = {"blocks": "blocks", "tokens": "accuracy up to tokens"}[report.unit(results[0])]
+  rows = [[head, *(f"{n:,}" for n in lengths)]]
+  for name, mine in report.by_model(results).items():
     cells = []
     for n in lengths:
-      values = [a[str(n)] for a in mine if str(n) in a]
+      values = [r["accuracy"][str(n)] for r in mine if str(n) in r["accuracy"]]
       spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
       cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
     rows.append([f"{name}, {len(mine)} seeds", *cells])
@@ -279,30 +277,21 @@ def _costs(found) -> list[list[str]]:
 
 
 def _plot(rows, path: pathlib.Path) -> None:
-  """A panel of each row: a line of each model, the mean over seeds, in the band of all of them."""
+  """A panel of each row, as its own study draws it."""
   import matplotlib  # pylint: disable=import-outside-toplevel
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
+
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
 
   columns = min(3, len(rows))
   lines = -(-len(rows) // columns)
   size = dict(figsize=(4.6 * columns, 3.4 * lines), dpi=130, layout="constrained", squeeze=False)
   figure, panels = plt.subplots(lines, columns, **size)
   for axes, (title, results) in zip(panels.flat, rows.items()):
-    for i, name in enumerate(dict.fromkeys(r["name"] for r in results)):
-      mine = [r["accuracy"] for r in results if r["name"] == name]
-      lengths = sorted(map(int, mine[0]))
-      values = [[a[str(n)] for n in lengths] for a in mine]
-      mean = [statistics.mean(v) for v in zip(*values)]
-      axes.plot(lengths, mean, color=f"C{i}", marker="o", ms=3, label=name)
-      low, high = (list(map(end, zip(*values))) for end in (min, max))
-      axes.fill_between(lengths, low, high, color=f"C{i}", alpha=0.15)
-    axes.set_xscale("log", base=2)
-    texts = "unit" in results[0]
-    axes.set(title=title, xlabel="place in the text, bytes" if texts else "length, blocks")
-    axes.set_ylabel("next-token accuracy" if texts else "keys given back")
-    axes.grid(alpha=0.25)
+    report.draw(axes, results)
+    axes.set_title(title)
     axes.legend(frameon=False, fontsize="x-small")
   for axes in list(panels.flat)[len(rows) :]:
     axes.set_visible(False)

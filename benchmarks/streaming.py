@@ -13,7 +13,6 @@ them; medians. Writes `report.json` and `streaming.png` to runs/streaming.
 import argparse
 import os
 import pathlib
-import resource
 import statistics
 import time
 
@@ -56,7 +55,7 @@ def memory(length: int, shape: common.Shape) -> dict[str, float]:
     reading = read(chunk, reading, seed=i)
   return {
       "state_bytes": num_bytes(reading.state),
-      "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+      "peak_memory_mb": common.peak_memory_mb(),
   }
 
 

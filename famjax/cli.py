@@ -139,9 +139,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     name = pathlib.Path(arguments.gin_file[-1]).stem
     print(configuration.measure_from_gin(arguments.checkpoint, arguments.out, name))
     return 0
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
   result = configuration.evaluate_from_gin()
   for length, accuracy in result["accuracy"].items():
-    print(f"{length:>6} {result.get('unit', 'blocks')}  {accuracy:.3f}")
+    print(f"{length:>6} {report.unit(result)}  {accuracy:.3f}")
   return 0
 
 
@@ -171,7 +173,7 @@ def _add_harness(commands) -> None:
       " the tokenizer is the model's own, if that is one of Hugging Face",
   )  # fmt: skip
   parser.add_argument("--out", metavar="DIR", help="where results.json is left")
-  parser.set_defaults(run=_not_by_gin("famjax.evaluation.harness", "command"))
+  parser.set_defaults(run=_not_by_gin("famjax.evaluation.harness", "harness"))
 
 
 def _add_study(commands) -> None:

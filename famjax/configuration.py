@@ -130,20 +130,20 @@ def evaluate_from_gin() -> dict[str, Any]:
   """
   arguments = _train_arguments()
   check(**arguments, settings=operative_settings)
-  asked, of = _asked(), (passkey.evaluate_run, measure_run)[_measures()]
-  return of(arguments["run_dir"], asked, arguments["train_reader"])
-
-
-def _measures() -> bool:
-  """Whether `famjax eval` of a run measures something other than pass keys."""
-  return "Measurement.evaluation" in gin.config_str()
+  asked = _asked()
+  evaluate = passkey.evaluate_run if isinstance(asked, passkey.PassKeyEval) else measure_run
+  return evaluate(arguments["run_dir"], asked, arguments["train_reader"])
 
 
 def _asked() -> passkey.PassKeyEval | Evaluation:
+  """What `famjax eval` asks of a run."""
+  try:
+    gin.query_parameter("Measurement.evaluation")
+  except ValueError:  # nothing is bound to it
+    with _gin_errors(kinds=()):
+      return gin.get_configurable("PassKeyEval")()
   with _gin_errors(kinds=()):
-    if _measures():
-      return gin.get_configurable("Measurement")().evaluation
-    return gin.get_configurable("PassKeyEval")()
+    return gin.get_configurable("Measurement")().evaluation
 
 
 def measure_from_gin(checkpoint: str, out: str | None, name: str) -> str:
@@ -170,11 +170,12 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
   arguments = _train_arguments()
   run = check(**arguments, settings=operative_settings)
   asked = _asked()
-  if _measures():
-    asked.validate()
-  else:
+  if isinstance(asked, passkey.PassKeyEval):
     asked.check(arguments["train_reader"].vocabulary, arguments["model"].memory)
-  file = report.MEASURED if _measures() else report.PASSKEY
+    file = report.PASSKEY
+  else:
+    asked.validate()
+    file = report.MEASURED
   return study.Plan(run["train"]["train_steps"], dataclasses.asdict(asked), file)
 
 
@@ -209,10 +210,12 @@ def _unused(bindings: Sequence[str]) -> list[str]:
   """Names among `bindings` that the run has not used, once it has been built."""
   used = operative_settings()
   names = [binding.partition("=")[0] for binding in bindings]
-  elsewhere = (  # of other commands
-      "PassKeyEval.", "Study.", "Measurement.", "DocumentEval.", "QuestionEval."
-  )  # fmt: skip
-  return [n for n in names if "." in n and n not in used and not n.startswith(elsewhere)]
+  evaluation = tuple(  # of other commands
+      f"{name}."
+      for name, thing in CONFIGURABLE.items()
+      if thing.__module__.startswith("famjax.evaluation.")
+  )
+  return [n for n in names if "." in n and n not in used and not n.startswith(evaluation)]
 
 
 def _train_arguments() -> dict[str, Any]:

@@ -289,7 +289,7 @@ def metadata_of(vocabulary: Vocabulary, given: str) -> dict[str, Any]:
   return ({"tokenizer": vocabulary.path} if named else {}) | told
 
 
-def command(arguments: argparse.Namespace) -> int:
+def harness(arguments: argparse.Namespace) -> int:
   """`famjax harness`: prints the harness's own table, and leaves its results in `--out`."""
   model = load(arguments.checkpoint)
   metadata = metadata_of(model.vocabulary, arguments.metadata)

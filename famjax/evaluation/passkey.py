@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 import time
 
 from flax import nnx
@@ -16,12 +15,10 @@ from famjax.data.passkey import PassKeyFormat
 from famjax.data.readers import Reader
 from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
-from famjax.evaluation import report
-from famjax.evaluation.record import facts
-from famjax.inference.model import Model, assemble
+from famjax.evaluation import record, report
+from famjax.inference.model import Model
 from famjax.model.config import MemoryConfig
 from famjax.model.state import empty_state
-from famjax.training.checkpoint import load_params
 
 _SEED = 1 << 40  # far from the seeds of training data, so that no evaluation key was trained on
 
@@ -138,10 +135,7 @@ def evaluate_run(
     reader: of the run's training data, for the lengths that the model has seen.
 
   Returns:
-    What is in the file: that of `evaluate`, and `record.facts`.
+    What is in the file: that of `evaluate`, and of `record.evaluate_run`.
   """
-  loaded = load_params(run_dir)
-  model = assemble(loaded)
-  result = facts(loaded, model, reader) | evaluate(model, config)
-  report.write_json(pathlib.Path(run_dir) / report.PASSKEY, result)
-  return result
+  ask = lambda model, step: evaluate(model, config)
+  return record.evaluate_run(run_dir, reader, report.PASSKEY, ask)

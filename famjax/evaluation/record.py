@@ -10,6 +10,7 @@ It leaves
     report.png     and a picture
 """
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from famjax.data.readers import Reader
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.model import assemble, Model
-from famjax.training.checkpoint import load_params, Loaded
+from famjax.training.checkpoint import load_params
 
 
 class Record:
@@ -134,7 +135,7 @@ class Measurement:
 
 def measure_run(
     run_dir: str | os.PathLike[str], evaluation: Evaluation, reader: Reader
-) -> dict[str, object]:
+) -> report.Result:
   """Measures a run's newest checkpoint and leaves `measured.json` in its directory.
 
   Args:
@@ -143,37 +144,57 @@ def measure_run(
     reader: of the run's training data, for the lengths that the model has seen.
 
   Returns:
-    What is in the file: see `facts`, and "accuracy" by length or place in tokens.
+    What is in the file: see `evaluate_run`; "accuracy" is by length or place in tokens.
   """
   evaluation.validate()
-  started, loaded = time.time(), load_params(run_dir)
+
+  def evaluate(model: Model, step: int) -> report.Result:
+    started = time.time()
+    about = {"step": step, "asked": dataclasses.asdict(evaluation)}
+    measured = evaluation.run(model, Record(pathlib.Path(run_dir, "eval", f"study-{step}"), about))
+    return {
+        "accuracy": {str(n): share for n, share in measured.curve.items()},
+        "asked": about["asked"],
+        "unit": "tokens",
+        "eval_seconds": round(time.time() - started, 2),
+    }
+
+  return evaluate_run(run_dir, reader, report.MEASURED, evaluate)
+
+
+def evaluate_run(
+    run_dir: str | os.PathLike[str],
+    reader: Reader,
+    file: str,
+    evaluate: Callable[[Model, int], report.Result],
+) -> report.Result:
+  """Evaluates a run's newest checkpoint and leaves a file in its directory.
+
+  Args:
+    run_dir: of the run.
+    reader: of the run's training data, for the lengths that the model has seen.
+    file: name of the file.
+    evaluate: of the model and its steps of training.
+
+  Returns:
+    What is in the file: that of `evaluate`, `parameters`, `steps` of training, `block_size`, and in
+    blocks the longest document trained on and what back-propagation went through.
+  """
+  loaded = load_params(run_dir)
   model = assemble(loaded)
-  about = {"step": loaded.step, "asked": dataclasses.asdict(evaluation)}
-  record = Record(pathlib.Path(run_dir) / "eval" / f"study-{loaded.step}", about)
-  measured = evaluation.run(model, record)
-  result = {
-      **facts(loaded, model, reader),
-      "accuracy": {str(n): share for n, share in measured.curve.items()},
-      "asked": about["asked"],
-      "unit": "tokens",
-      "eval_seconds": round(time.time() - started, 2),
-  }
-  report.write_json(pathlib.Path(run_dir) / report.MEASURED, result)
-  return result
-
-
-def facts(loaded: Loaded, model: Model, reader: Reader) -> dict[str, int]:
-  """What a report says of a run besides results: its parameters, its steps of training, and in
-  blocks the longest document trained on and what back-propagation went through."""
   N = model.config.memory.block_size
   by_step = getattr(reader.source, "longest_by", lambda step: reader.length)
-  return {
+  longest = by_step(loaded.step - 1)
+  result = {
       "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder))),
       "steps": loaded.step,
       "block_size": N,
-      "longest_trained_blocks": -(-by_step(loaded.step - 1) // N),
+      "longest_trained_blocks": -(-longest // N),
       "backpropagated_blocks": reader.length // N,
+      **evaluate(model, loaded.step),
   }
+  report.write_json(pathlib.Path(run_dir) / file, result)
+  return result
 
 
 def _home(checkpoint: str) -> pathlib.Path:

@@ -15,9 +15,31 @@ from famjax.training.metrics import write_text
 PASSKEY, MEASURED = "passkey.json", "measured.json"
 
 # One model of one seed: "name", "seed", "parameters", "longest_trained_blocks",
-# "backpropagated_blocks", "train_seconds", "accuracy" {length: share}, in "unit", blocks unless it is
-# there, and so on.
+# "backpropagated_blocks", "train_seconds", "accuracy" {length: share}, see `unit`, and so on.
 Result = dict
+
+
+def unit(result: Result) -> str:
+  """Of the lengths of "accuracy": "blocks" for pass keys, or "tokens"."""
+  return result.get("unit", "blocks")
+
+
+def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
+  """The seeds of each model, in the order of the models."""
+  found = {}
+  for r in results:
+    found.setdefault(r["name"], []).append(r)
+  return found
+
+
+def lengths_of(results: Sequence[Result]) -> list[int]:
+  """Every length that one of them was asked at."""
+  return sorted({int(n) for r in results for n in r["accuracy"]})
+
+
+def digits(result: Result) -> int:
+  """Of its shares in a table: next tokens differ by little."""
+  return {"blocks": 2, "tokens": 4}[unit(result)]
 
 
 def machine() -> dict[str, object]:
@@ -41,12 +63,11 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 def table(results: Sequence[Result]) -> str:
   """A Markdown table: a row for every model and seed, a column for every length."""
-  lengths = _lengths(results)
+  lengths = lengths_of(results)
   head = ["model", "seed", "parameters", "trained on, blocks", *map(str, lengths), "train, s"]
   rows = [head]
   for r in results:
-    digits = 2 if r.get("unit", "blocks") == "blocks" else 4  # next tokens differ by little
-    marks = [_mark(r["accuracy"].get(str(n)), digits) for n in lengths]
+    marks = [_mark(r["accuracy"].get(str(n)), digits(r)) for n in lengths]
     rows.append([
         r["name"], str(r["seed"]), f"{r['parameters']:,}", str(r["longest_trained_blocks"]),
         *marks, f"{r['train_seconds']:.0f}",
@@ -65,10 +86,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
-  """Draws accuracy against length: a line for every model, a band over its seeds.
+  """Leaves what `draw` draws in a file.
 
   Args:
-    results: models and seeds; those of one name share a line.
+    results: models and seeds.
     path: of the PNG to write.
     title: over the plot.
   """
@@ -78,11 +99,21 @@ def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
   import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 
   figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
-  unit = results[0].get("unit", "blocks")
-  names = list(dict.fromkeys(r["name"] for r in results))
-  for i, name in enumerate(names):
-    mine = [r for r in results if r["name"] == name]
-    lengths = _lengths(mine)
+  draw(axes, results)
+  axes.set_xticks(lengths_of(results), labels=map(str, lengths_of(results)))
+  axes.set_xticks([], minor=True)
+  axes.set_title(title)
+  axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def draw(axes, results: Sequence[Result]) -> None:
+  """Draws accuracy by length into axes: a line for every model, a band over its seeds."""
+  measure = unit(results[0])
+  for i, (name, mine) in enumerate(by_model(results).items()):
+    lengths = lengths_of(mine)
     marks = [[r["accuracy"].get(str(n), np.nan) for n in lengths] for r in mine]
     values = np.array(marks)  # [seeds, lengths]; a seed may have been asked at fewer lengths
     color = f"C{i}"
@@ -93,27 +124,15 @@ def plot(results: Sequence[Result], path: pathlib.Path, title: str) -> None:
     if len(mine) > 1:
       axes.fill_between(lengths, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
     trained = statistics.median(r["longest_trained_blocks"] for r in mine)
-    trained *= 1 if unit == "blocks" else mine[0]["block_size"]
+    trained *= 1 if measure == "blocks" else mine[0]["block_size"]
     axes.axvline(trained, color=color, linestyle=":", linewidth=1)
   axes.set_xscale("log", base=2)
-  axes.set_xticks(_lengths(results), labels=map(str, _lengths(results)))
-  axes.set_xticks([], minor=True)
-  if unit == "blocks":
+  if measure == "blocks":
     axes.set_ylim(-0.03, 1.03)
-  what = {"blocks": "pass keys retrieved whole", "tokens": "right answers"}[unit]
-  axes.set_xlabel(f"length in {unit} (dotted: the longest that was trained on)")
-  axes.set_ylabel(what)
-  axes.set_title(title)
+  axes.set_xlabel(f"length in {measure} (dotted: the longest that was trained on)")
+  axes.set_ylabel({"blocks": "pass keys retrieved whole", "tokens": "right answers"}[measure])
   axes.grid(alpha=0.25)
-  axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path)
-  plt.close(figure)
 
 
-def _lengths(results: Sequence[Result]) -> list[int]:
-  return sorted({int(n) for r in results for n in r["accuracy"]})
-
-
-def _mark(value: float | None, digits: int) -> str:
-  return "" if value is None else f"{value:.{digits}f}"
+def _mark(value: float | None, places: int) -> str:
+  return "" if value is None else f"{value:.{places}f}"

@@ -283,7 +283,7 @@ def _run_job(
         f" directory than {job.directory}"
     )
   result = job.result(plan)
-  unit = result.get("unit", "blocks")
+  unit = report.unit(result)
   say("  ".join(f"{n} {unit} {a:.2f}" for n, a in result["accuracy"].items()))
   return None
 
@@ -312,7 +312,7 @@ def _pin(pid: int, cores: Sequence[int]) -> None:
 def _write(study: Study, results, command, seconds: float) -> None:
   """Writes report.json, the plot, the table and a sample, and shows table and sample."""
   root = pathlib.Path(study.report_dir or study.run_dir)
-  name = "accuracy" if "unit" in results[0] else "passkey"
+  name = {"blocks": "passkey", "tokens": "accuracy"}[report.unit(results[0])]
   plot = root / f"{name}.png"
   report.plot(results, plot, study.title)
   table = report.table(results)

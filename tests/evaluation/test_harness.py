@@ -381,6 +381,8 @@ def test_the_command(run, tasks, tmp_path, capsys, monkeypatch):
   assert cli.main([*command, "--tasks=famjax_choose,nothing"]) == 2
   error = capsys.readouterr().err.splitlines()[-1]
   assert error.startswith("famjax: error: --tasks: 'nothing' is not known")
+  assert cli.main([*command, "--tasks=famjax_choose", "--gin.A=1"]) == 2
+  assert "--gin.A=1: harness is not configured by gin" in capsys.readouterr().err
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch, capsys):
