@@ -37,6 +37,7 @@ setuptools.setup(
         "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
+        "importlib_resources>=6",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3",
         "jinja2>=3.1.6",

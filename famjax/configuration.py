@@ -30,7 +30,7 @@ import gin
 import famjax
 from famjax import data
 from famjax.errors import UserError
-from famjax.evaluation import documents, passkey, questions, report, study
+from famjax.evaluation import documents, passkey, questions, report, study, tasks
 from famjax.evaluation.record import Evaluation, Measurement, measure_run
 from famjax.inference.model import assemble
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -66,7 +66,7 @@ CONFIGURABLE = {
         data.PassKeyExamples, data.Lengths, data.LongText, data.PairFiles, data.TaskExamples,
         data.ExampleReader, data.PackedReader, data.FollowingReader,
         data.QuestionExamples, passkey.PassKeyEval, study.Study,
-        Measurement, questions.QuestionEval, documents.DocumentEval,
+        Measurement, questions.QuestionEval, documents.DocumentEval, tasks.TaskEval,
     )
 }  # fmt: skip
 

@@ -13,7 +13,6 @@ A text of any length is read once, as it is, in constant memory: none is cut int
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import pathlib
@@ -26,7 +25,7 @@ from famjax.data.chat_templates import ChatTemplate, Message
 from famjax.data.tokenizers import TokenizerVocabulary
 from famjax.data.vocabularies import begin_ids, Vocabulary
 from famjax.errors import UserError
-from famjax.inference.engine import Engine, Scores
+from famjax.inference.continuations import batches
 from famjax.inference.generation import Request
 from famjax.inference.model import load, Model
 from famjax.inference.sampling import Sampling
@@ -72,51 +71,6 @@ def request_of(settings: dict[str, Any], max_gen_toks: int = 256, seed: int = 0)
   return Request(int(most), sampling, tuple(filter(None, until)))
 
 
-def scores_after(
-    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
-) -> Iterator[tuple[int, Scores]]:
-  """Scores texts that follow contexts. A context that several of them have is read once.
-
-  Args:
-    engine: of the model.
-    pairs: tokens of a context, at least one, and of the text after it.
-    batch_size: of contexts, and of texts, side by side.
-
-  Yields:
-    The number of a pair, and the scores of its text; the longest contexts first.
-
-  Raises:
-    UserError: the context of an ordinary decoder is shorter.
-  """
-  texts_of: dict[tuple[int, ...], list[int]] = {}
-  for i, (context, text) in enumerate(pairs):
-    engine.config.memory.check_context(len(context) + len(text))
-    texts_of.setdefault(tuple(context), []).append(i)
-  B = min(batch_size, len(pairs))  # of every call, so that its shapes are compiled once
-  for contexts in _batches(sorted(texts_of, key=len, reverse=True), B):
-    after = engine.read(_rows(contexts, B), engine.start(B))
-    texts = [(i, row) for row, context in enumerate(contexts) for i in texts_of[context]]
-    texts.sort(key=lambda text: len(pairs[text[0]][1]), reverse=True)
-    for some in _batches(texts, B):
-      numbers, rows = zip(*some)
-      begun = after.take([*rows, *[0] * (B - len(rows))])
-      scores, _ = engine.score(_rows([pairs[i][1] for i in numbers], B), begun)
-      yield from zip(numbers, scores)
-
-
-def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
-  return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def _rows(texts: Sequence[Sequence[int]], B: int) -> list[np.ndarray]:
-  """B rows of tokens; those that are left have none."""
-  return [np.asarray(text, np.int32) for text in [*texts, *[()] * (B - len(texts))]]
-
-
-def _log_prob(scores: Scores) -> float:
-  return float(scores.log_probs.sum(dtype=np.float64))
-
-
 @register_model("famjax")
 class HarnessModel(TemplateLM):
   """What the harness calls.
@@ -149,7 +103,6 @@ class HarnessModel(TemplateLM):
       raise UserError(f"batch_size is {batch_size!r}: give a whole number, at least 1")
     self.model = checkpoint if isinstance(checkpoint, Model) else load(str(checkpoint))
     self.batch_size, self.max_gen_toks, self.seed = int(batch_size), max_gen_toks, seed
-    self._engine = Engine(self.model.decoder)
 
   @property
   def eot_token_id(self) -> int:
@@ -180,7 +133,7 @@ class HarnessModel(TemplateLM):
     """`loglikelihood` of ((context, text), tokens of the context, tokens of the text)."""
     asked = [request[0] for request in requests]
     pairs = [(context or [self.prefix_token_id], text) for _, context, text in requests]
-    answer = lambda scores: (_log_prob(scores), bool(scores.likeliest.all()))
+    answer = lambda scores: (scores.log_prob, bool(scores.likeliest.all()))
     return self._scored("loglikelihood", asked, pairs, answer, disable_tqdm)
 
   def loglikelihood_rolling(
@@ -190,11 +143,12 @@ class HarnessModel(TemplateLM):
     asked = [request.args for request in requests]
     encode = lambda text: np.asarray(self.tok_encode(text, add_special_tokens=False), np.int32)
     pairs = [([self.prefix_token_id], encode(text)) for (text,) in asked]
-    return self._scored("loglikelihood_rolling", asked, pairs, _log_prob, disable_tqdm)
+    answer = lambda scores: scores.log_prob
+    return self._scored("loglikelihood_rolling", asked, pairs, answer, disable_tqdm)
 
   def _scored(self, kind, asked, pairs, answer, disable_tqdm):
     answers = [None] * len(pairs)
-    scored = scores_after(self._engine, pairs, self.batch_size)
+    scored = self.model.scores_after(pairs, self.batch_size)
     for i, scores in tqdm(scored, total=len(pairs), desc=kind, disable=disable_tqdm):
       answers[i] = answer(scores)
       self.cache_hook.add_partial(kind, asked[i], answers[i])
@@ -215,7 +169,7 @@ class HarnessModel(TemplateLM):
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]), reverse=True)
     B = min(self.batch_size, len(asked))
     with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm) as bar:
-      for some in _batches(order, B):
+      for some in batches(order, B):
         spare = B - len(some)  # rows that write nothing
         prompts = [self.tok_encode(asked[i][0]) or begin for i in some] + [begin] * spare
         limits = [wanted[i] for i in some] + [Request(max_new_tokens=0)] * spare

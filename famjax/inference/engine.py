@@ -79,6 +79,11 @@ class Scores(NamedTuple):
   log_probs: np.ndarray
   likeliest: np.ndarray
 
+  @property
+  def log_prob(self) -> float:
+    """Of all of them together."""
+    return float(self.log_probs.sum(dtype=np.float64))
+
 
 class Piece(NamedTuple):
   """A part of what rows have to read: of row b the next `counts[b]` tokens, at most `size`."""

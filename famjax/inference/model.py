@@ -9,7 +9,7 @@
     answer = model.generate(question, state=reading)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -21,7 +21,8 @@ import numpy as np
 
 from famjax.data.vocabularies import Vocabulary, load_vocabulary
 from famjax.errors import UserError
-from famjax.inference.engine import Engine, Progress, Reading
+from famjax.inference import continuations
+from famjax.inference.engine import Engine, Progress, Reading, Scores
 from famjax.inference.generation import Generation, Request, Stream
 from famjax.inference.sampling import Sampling
 from famjax.model import lora
@@ -218,13 +219,17 @@ class Model:
     return Stream(self._generation([prompt], [request], state, progress))
 
   def complete(
-      self, prompts: Sequence[str | Sequence[int]], requests: Request | Sequence[Request] = Request()
+      self,
+      prompts: Sequence[str | Sequence[int]],
+      requests: Request | Sequence[Request] = Request(),
+      after: Reading | None = None,
   ) -> list[Completion]:
     """Completes several prompts side by side; each gets what it would get alone.
 
     Args:
       prompts: texts or tokens.
       requests: one for all prompts, or one for each.
+      after: of one row, which all prompts go on from. It can be used again.
 
     Raises:
       UserError: as `generate`.
@@ -235,12 +240,43 @@ class Model:
       raise UserError(f"{len(prompts)} prompts and {len(requests)} requests: give one for each")
     if not prompts:
       return []
-    generation = self._generation(prompts, requests, None, None)
+    generation = self._generation(prompts, requests, self._rows(after, len(prompts)), None)
     while not generation.done:
       generation.round()
     return [
         Completion(*row) for row in zip(generation.texts, generation.tokens, generation.reasons)
     ]
+
+  def scores_after(
+      self,
+      pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+      batch_size: int = 8,
+      after: Reading | None = None,
+  ) -> Iterator[tuple[int, Scores]]:
+    """Says how probable texts are after contexts. A context that several have is read once.
+
+    Args:
+      pairs: tokens of a context, and of the text after it.
+      batch_size: of contexts, and of texts, side by side.
+      after: of one row, which all contexts go on from. It can be used again.
+
+    Yields:
+      The number of a pair, and the scores of its text; the longest contexts first.
+
+    Raises:
+      UserError: nothing stands before a text, tokens are not this model's, or the context of an
+        ordinary decoder is shorter.
+    """
+    start = self._reading(after, 1).state
+    rows = [tuple(self._tokens(tokens, start) for tokens in pair) for pair in pairs]
+    for context, text in rows:
+      if after is None and not context.size:
+        raise UserError("nothing stands before a text: give at least one token of its context")
+      self._check_context(start, context.size + text.size)
+    return continuations.scores_after(self._engine, rows, batch_size, after)
+
+  def _rows(self, after: Reading | None, count: int) -> Reading | None:
+    return after and after.take([0] * count)
 
   def _generation(self, prompts, requests, state, progress) -> Generation:
     for request in requests:

@@ -144,6 +144,8 @@ def hidden(
   rest = jnp.pad(grid, ((0, 0), (0, N)))  # of the block after the last full one
   begin = end // N * N
   rest = jnp.take_along_axis(rest, begin[:, None] + jnp.arange(N), axis=1)
+  # A row that reads nothing may stand within a block where others are aligned.
+  rest = jnp.where((count > 0)[:, None], rest, state.tokens)
   return out, state.replace(
       position=position + count, memory=memory, segments=past, tokens=rest,
       fam_updates=jnp.where(position == 0, 0, state.fam_updates) + full.sum(1, dtype=jnp.int32),

@@ -8,7 +8,7 @@ import pytest
 from famjax.configuration import configure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-UNSET = {"pg19": ["CORPUS=."], "isabelle": ["CORPUS=."]}
+UNSET = {"pg19": ["CORPUS=."], "isabelle": ["CORPUS=."], "long_context": ["DATA_DIR=."]}
 FILES = sorted((ROOT / "gin" / "eval").glob("*.gin"))
 
 

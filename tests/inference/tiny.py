@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from flax import nnx
+import jax
 import numpy as np
 
 from famjax.data.vocabularies import load_vocabulary
@@ -40,3 +41,18 @@ def save(run_dir: pathlib.Path, model_config: ModelConfig, vocabulary: str = "by
   with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(state, np.zeros(2, np.int64), About(model_config, vocabulary), 1)
   return state.params
+
+
+def log_likelihoods(model: Model, pairs) -> list[float]:
+  """Of texts after contexts, by one call that reads all of them from their start to their end."""
+  rows = [np.concatenate(pair) for pair in pairs]
+  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+  for row, text in zip(tokens, rows):
+    row[: len(text)] = text
+  logits, _ = model(tokens, model.init_state(len(rows)))
+  log_probs = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
+  log_probs = np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+  return [
+      float(row[len(context) - 1 : len(context) + len(text) - 1].sum())
+      for row, (context, text) in zip(log_probs, pairs)
+  ]
