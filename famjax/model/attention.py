@@ -72,7 +72,7 @@ def probabilities(
 ) -> list[jax.Array]:
   """What `attend` weighs the values of each set with, written out: for looking at, not for speed.
 
-  Args are those of `attend`; every set is of all T blocks.
+  Args are those of `attend`.
 
   Returns:
     float32 `[B, T, H, n, m]` of each set; over all of them they sum to 1.
@@ -80,7 +80,10 @@ def probabilities(
   B, T, H, n, d = queries.shape
   K = key_sets[0].keys.shape[2]
   queries = queries.reshape(B, T, K, H // K * n, d)
-  scores = [_scores(queries, one, H // K, cap) for one in key_sets]
+  scores = [
+      _pad_blocks(_scores(queries[:, T - one.keys.shape[1] :], one, H // K, cap), T, _MASKED)
+      for one in key_sets
+  ]
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).reshape(B, T, H, n, -1)
   return jnp.split(weights, np.cumsum([score.shape[-1] for score in scores])[:-1].tolist(), axis=-1)
 

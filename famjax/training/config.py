@@ -35,6 +35,8 @@ class TrainConfig:
     init_checkpoint: checkpoint directory or run directory whose parameters a fresh run starts from.
     eval_every: steps between evaluations; 0: only at the end.
     eval_batches: batches of an evaluation, the same ones each time.
+    look_every: steps between looks at the FAM, whose entropies, energy and distance are metrics of
+      the split "fam" (`famjax.model.diagnostics`); 0: none.
     checkpoint_every: steps between checkpoints; 0: only at the end.
     keep_checkpoints: newest checkpoints that stay.
     log_every: steps between lines of metrics; the loop does not wait for the device in between.
@@ -57,6 +59,7 @@ class TrainConfig:
   init_checkpoint: str | None = None
   eval_every: int = 0
   eval_batches: int = 8
+  look_every: int = 0
   checkpoint_every: int = 0
   keep_checkpoints: int = 3
   log_every: int = 100
@@ -71,7 +74,8 @@ class TrainConfig:
       if getattr(self, name) < 1:
         raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
     for name in (
-        "seed", "fam_noise", "fam_noise_from", "rsp_from", "eval_every", "checkpoint_every",
+        "seed", "fam_noise", "fam_noise_from", "rsp_from", "eval_every", "look_every",
+        "checkpoint_every",
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -103,6 +107,6 @@ class TrainConfig:
 
 # Options that do not change what a step computes: they may differ when a run is resumed.
 MAY_CHANGE = frozenset({
-    "train_steps", "init_checkpoint", "eval_every", "eval_batches", "checkpoint_every",
+    "train_steps", "init_checkpoint", "eval_every", "eval_batches", "look_every", "checkpoint_every",
     "keep_checkpoints", "log_every", "tensorboard",
 })  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.data.vocabularies import absolute
 from famjax.errors import DivergedError, UserError
+from famjax.model import diagnostics
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import axes_of as state_axes
@@ -31,7 +32,7 @@ from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from famjax.training.step import make_eval_step, make_train_step
+from famjax.training.step import make_eval_step, make_look_step, make_train_step
 from famjax.training.train_state import TrainState, abstract, axes_of, init_train_state
 from famjax.training.train_state import param_axes, split
 
@@ -124,6 +125,7 @@ def train(
       graphdef, model, config, transformation, schedule, teacher, placement, shardings
   )
   eval_step = make_eval_step(graphdef, model, config, placement)
+  look_step = make_look_step(graphdef, placement)
 
   # --------------------------------------------------------------------------------- initialise
   # In this order: this run's own newest whole checkpoint; another checkpoint's parameters; chance.
@@ -202,7 +204,8 @@ def train(
     step = first_step
     while step < config.train_steps and not processes.asked_to_stop(sigterm, step):
       _, batch, position = next(batches)
-      state, metrics = train_step(state, placement.batch(batch, train_reader.rows, B))
+      batch = placement.batch(batch, train_reader.rows, B)
+      state, metrics = train_step(state, batch)
       waiting.append(metrics)
       step += 1
       if step == first_step + 1:
@@ -228,6 +231,9 @@ def train(
           save(step)
         if eval_now and eval_reader is not None:
           evaluate(step)
+        if config.look_every and step % config.look_every == 0:
+          seen = jax.device_get(look_step(trainable.join(state.params, state.frozen), batch))
+          report("fam", step, _by_layer(seen))
 
     # ------------------------------------------------------------------------------------- end
     terminated = step < config.train_steps
@@ -295,6 +301,8 @@ def check_step(
   for part in (model, optimizer, config, mesh, rules):
     part.validate()
   config.check_batch_size(batch_size)
+  if config.look_every:
+    diagnostics.check(model)
   distillation.check(config, trainable.choose(config.trainable, model))
   if model.memory.context is not None and config.follow_rows:
     raise UserError(
@@ -379,6 +387,14 @@ def _look_at(waiting: list, last_step: int, run_dir: os.PathLike[str]) -> list:
             f" {run_dir / 'checkpoints'} is from before it. Lower the learning rate, or clip"
         )
   return waiting
+
+
+def _by_layer(seen: dict[str, np.ndarray]) -> dict[str, float]:
+  """Measures `[L]` under the names of their layers, and under their own the means of all layers."""
+  values = {name: float(column.mean()) for name, column in seen.items()}
+  for name, column in seen.items():
+    values |= {f"{name}/{layer}": float(value) for layer, value in enumerate(column)}
+  return values
 
 
 def _average(metrics: list[dict[str, np.ndarray]]) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from famjax.model import axes
+from famjax.model import axes, diagnostics
 from famjax.model.config import ModelConfig
 from famjax.model.rope import wavelength
 from famjax.model.state import State, axes_of, empty_state, restart
@@ -17,6 +17,8 @@ from famjax.training.config import TrainConfig
 from famjax.training.loss import LossSums, distillation_loss, next_token_loss
 from famjax.training.train_state import Params, TrainState, abstract
 from famjax.training.trainable import join
+
+LOOK_BLOCKS = 4
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -217,6 +219,25 @@ def make_eval_step(
 
   out = None if placement is None else (placement.whole, None)
   return jax.jit(placed_step, out_shardings=out)
+
+
+def make_look_step(
+    graphdef: nnx.GraphDef, placement: Placement | None = None
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+  """Makes what measures the FAM in a batch: see `famjax.model.diagnostics`.
+
+  Returns:
+    A jitted function of parameters and a batch, to each measure's float32 `[L]`: of the first
+    `LOOK_BLOCKS` blocks of the batch's longest row, as if a text began with them.
+  """
+
+  def look_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+    model = nnx.merge(graphdef, params)
+    most = LOOK_BLOCKS * model.config.memory.block_size
+    row = batch["tokens"][jnp.argmax(batch["lengths"])]
+    return diagnostics.measures(diagnostics.look(model, row[:most]))
+
+  return jax.jit(look_step, out_shardings=None if placement is None else placement.whole)
 
 
 def split_rows(tree, parts: int):

@@ -30,7 +30,8 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
         ("one device", "data", "fsdp", "tensor", "mixed"),
     ),
     "all parameters, Adafactor, rows followed": (
-        MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"), dict(follow_rows=True),
+        MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"),
+        dict(follow_rows=True, look_every=STEPS),
         ("one device", "mixed", "moved"),
     ),
     "a memory of another kind, rows followed": (
@@ -49,14 +50,18 @@ MESHES = {
 
 
 def losses(setting: str, mesh: tuple[int, int, int], run_dir: str, steps: int = STEPS) -> list[float]:
-  """Loss and gradient norm of every step of a run, which goes on with what is in its directory."""
+  """Loss and gradient norm of every step of a run, which goes on with what is in its directory.
+
+  Where it looks at its FAM, two measures of it stand at the end.
+  """
   model, optimizer, options, _ = SETTINGS[setting]
   config = dataclasses.replace(toy.TRAIN, train_steps=steps, log_every=1, **options)
   devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
   with contextlib.redirect_stdout(io.StringIO()), _only(devices):
     train(run_dir, model, toy.ToyReader(batch_size=16), optimizer, config, mesh=MeshConfig(*mesh))
   lines = (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-  return [[step["loss"], step["grad_norm"]] for step in map(json.loads, lines)]
+  shown = {"train": ("loss", "grad_norm"), "fam": ("write", "energy")}
+  return [[step[name] for name in shown[step["split"]]] for step in map(json.loads, lines)]
 
 
 @contextlib.contextmanager

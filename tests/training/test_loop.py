@@ -7,14 +7,17 @@ import pathlib
 import signal
 import threading
 
+from flax import nnx
 import jax
 import numpy as np
 import pytest
 
 from famjax.errors import DivergedError, UserError
+from famjax.model import diagnostics
 from famjax.training import loop, run_directory
 from famjax.training.checkpoint import About, Checkpoints
 from famjax.training.storage import list_steps
+from famjax.training.train_state import abstract
 from tests.training import toy
 
 change = dataclasses.replace
@@ -48,6 +51,30 @@ def test_a_restart_is_bitwise(tmp_path, options, capsys):
   # The losses of the steps after the restart are in the file as if nothing had happened.
   losses = lambda name: [(m["step"], m["loss"]) for m in read_metrics(tmp_path / name)]
   assert losses("parts")[-1] == losses("whole")[-1]
+
+
+def test_looks_at_the_fam(tmp_path):
+  """They are metrics of their own, what `look` sees, and change nothing."""
+  config = change(toy.TRAIN, train_steps=4)
+  plain = train(tmp_path / "plain", config)
+  looked = train(tmp_path / "looked", change(config, look_every=2))
+  toy.assert_equal(jax.device_get(looked.state), jax.device_get(plain.state))
+  lines = read_metrics(tmp_path / "looked", "fam")
+  assert [line["step"] for line in lines] == [2, 4]
+  names = ("write", "read", "slots", "energy", "distance")
+  reader = toy.ToyReader()
+  batch, _ = reader.read(np.array([3, 12]), 3)
+  decoder = nnx.merge(abstract(toy.MODEL)[0], plain.state.params)
+  most = 4 * toy.MODEL.memory.block_size
+  row = batch["tokens"][np.argmax(batch["lengths"])][:most]
+  measured = jax.device_get(diagnostics.measures(diagnostics.look(decoder, row)))
+  for name in names:
+    layers = [lines[1][f"{name}/{l}"] for l in range(toy.MODEL.num_layers)]
+    np.testing.assert_allclose(layers, measured[name], rtol=1e-4)  # compiled and not
+    assert lines[1][name] == pytest.approx(np.mean(layers))
+  with pytest.raises(UserError, match="'bswa', which has no FAM to look at"):
+    bswa = change(toy.MODEL, memory=change(toy.MODEL.memory, kind="bswa", fam_length=0))
+    train(tmp_path / "none", change(config, look_every=2), bswa)
 
 
 def read_checkpoint(directory, template):
