@@ -117,6 +117,10 @@ class MemoryConfig:
       return
     if self.window is not None:
       raise UserError(f"window is {self.window}, and memory kind {self.kind!r} has none: leave it out")
+    for name in ("fam_init", "fam_position"):
+      if getattr(self, name) != getattr(type(self), name):
+        what = f"{name} is {getattr(self, name)!r}, which is an option of kind 'fam' alone"
+        raise UserError(f"{what}, and the kind is {self.kind!r}: leave it out")
     how.validate(self)
 
 

@@ -31,7 +31,8 @@ from famjax.training.checkpoint import About, Checkpoints, save_base
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.metrics import Clock, MetricsWriter, Progress, number, speed
-from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from famjax.training.optimizer import OptimizerConfig, check_names, make_optimizer
+from famjax.training.optimizer import make_schedule
 from famjax.training.step import make_eval_step, make_look_step, make_train_step
 from famjax.training.train_state import TrainState, abstract, axes_of, init_train_state
 from famjax.training.train_state import param_axes, split
@@ -303,6 +304,8 @@ def check_step(
   config.check_batch_size(batch_size)
   if config.look_every:
     diagnostics.check(model)
+  if optimizer.own_rates:
+    check_names(optimizer, abstract(model)[1])
   distillation.check(config, trainable.choose(config.trainable, model))
   if model.memory.context is not None and config.follow_rows:
     raise UserError(

@@ -91,6 +91,17 @@ class OptimizerConfig:
       )
 
 
+def check_names(config: OptimizerConfig, params) -> None:
+  """Raises UserError if a rate of its own is meant for a parameter that is not among `params`."""
+  there = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  for name, _ in config.own_rates:
+    if name not in there:
+      raise UserError(
+          f"optimizer own_rates names {name!r}, and the model's parameters are"
+          f" {', '.join(sorted(there))}"
+      )
+
+
 def make_schedule(config: OptimizerConfig, train_steps: int) -> Callable[[jax.Array], jax.Array]:
   """The learning rate of each step, counted from 0.
 

@@ -413,6 +413,14 @@ def test_an_option_of_a_wrong_type_is_named(kind, option, value):
     rival(kind, options={option: value}).validate()
 
 
+@pytest.mark.parametrize("option", [dict(fam_init="prefix"), dict(fam_position="zero")])
+def test_options_of_fam_alone_are_refused(option):
+  config = rival("feedback")
+  config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **option))
+  with pytest.raises(UserError, match=r"fam_\w+ is '\w+', which is an option of kind 'fam' alone"):
+    config.validate()
+
+
 def test_unknown_names_are_named_with_the_choices():
   with pytest.raises(UserError, match="rmtt.*bswa.*rmt.*infini"):
     rival("rmtt").validate()

@@ -72,9 +72,6 @@ def test_looks_at_the_fam(tmp_path):
     layers = [lines[1][f"{name}/{l}"] for l in range(toy.MODEL.num_layers)]
     np.testing.assert_allclose(layers, measured[name], rtol=1e-4)  # compiled and not
     assert lines[1][name] == pytest.approx(np.mean(layers))
-  with pytest.raises(UserError, match="'bswa', which has no FAM to look at"):
-    bswa = change(toy.MODEL, memory=change(toy.MODEL.memory, kind="bswa", fam_length=0))
-    train(tmp_path / "none", change(config, look_every=2), bswa)
 
 
 def read_checkpoint(directory, template):
@@ -231,6 +228,11 @@ WRONG = {
     ),
     "probability": (dict(config=change(toy.TRAIN, rsp_probability=2.0)), "rsp_probability is 2.0"),
     "steps": (dict(config=change(toy.TRAIN, train_steps=0)), "train_steps is 0"),
+    "a rate of its own": (
+        dict(optimizer=change(toy.OPTIMIZER, own_rates={"memory_gat": 10.0})),
+        "own_rates names 'memory_gat', and the model's parameters are .*fam_prompt",
+    ),
+    "looks": (dict(config=change(toy.TRAIN, look_every=2), model=toy.BSWA), "has no FAM to look at"),
     "checkpoint": (dict(config=change(toy.TRAIN, init_checkpoint="/nowhere")), "/nowhere"),
 }
 
