@@ -267,8 +267,9 @@ def _gain(more: list[list[dict]], less: list[list[dict]], books) -> tuple[float,
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-  lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+  from famjax.evaluation import report  # pylint: disable=import-outside-toplevel
+
+  return report.markdown([head, *rows]) + "\n"
 
 
 def _by_place(texts: list[list[dict]]) -> list[float]:
