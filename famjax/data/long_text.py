@@ -96,7 +96,7 @@ class LongText:
       *,
       excerpt_tokens: int | None = None,
       shuffle: bool = True,
-      cache_tokens: int = 2**24,
+      cache_tokens: int = 2**26,
   ):
     """Finds the files (see `find_files`, also for what it raises); reads none of them yet.
 
@@ -108,7 +108,9 @@ class LongText:
       excerpt_tokens: an example is this many tokens from a random place of a file, or the whole
         file where that is shorter; None: whole files.
       shuffle: every epoch has an order of its own, by the reader's seed; else the order of paths.
-      cache_tokens: files that were read last stay in memory up to so many tokens.
+      cache_tokens: files that were read last stay in memory up to so many tokens, of two bytes each
+        for a vocabulary of up to 65,536, else of four. Excerpts of a corpus that is larger come from
+        files that are read and encoded again.
     """
     least = 2 + len(begin_ids(vocabulary))
     if excerpt_tokens is not None and excerpt_tokens < least:
@@ -122,6 +124,7 @@ class LongText:
     self._excerpt = excerpt_tokens
     self._shuffle = shuffle
     self._capacity = cache_tokens
+    self._dtype = np.uint16 if vocabulary.vocab_size <= 2**16 else np.int32
     self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,18 +136,19 @@ class LongText:
     if size and len(tokens) > size:
       start = int(generator(seed, index).integers(len(tokens) - size, endpoint=True))
       tokens = tokens[start : start + size]
+    tokens = tokens.astype(np.int32)
     if self._begin:
       tokens = np.concatenate([np.asarray(self._begin, np.int32), tokens])
       return tokens, np.asarray(np.arange(len(tokens)) >= len(self._begin), np.float32)
     return tokens, np.broadcast_to(np.float32(1), tokens.shape)
 
   def _tokens(self, number: int) -> np.ndarray:
-    """Returns the tokens of a file, int32[n], and keeps those of the files that were read last."""
+    """Returns the tokens of a file, `[n]`, and keeps those of the files that were read last."""
     cache = self._cache
     tokens = cache.pop(number, None)
     if tokens is None:
       text = self.files[number].read_text(encoding="utf-8", errors="replace")
-      tokens = np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
+      tokens = np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], self._dtype)
       while cache and len(tokens) + sum(map(len, cache.values())) > self._capacity:
         cache.popitem(last=False)
     cache[number] = tokens
