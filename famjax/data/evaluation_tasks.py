@@ -14,6 +14,8 @@ import json
 import operator
 from typing import Any
 
+import numpy as np
+
 from famjax.data import gpt3_tasks, long_context_tasks
 from famjax.data.prompts import Files, Generated, Ranked, Spec, plain
 from famjax.data.vocabularies import Vocabulary, as_seqio, load_vocabulary
@@ -69,13 +71,36 @@ def register(
     task = seqio.TaskRegistry.add(
         name,
         source=_source(spec.source, directory),
-        preprocessors=[*ask, seqio.preprocessors.tokenize],
+        preprocessors=[*ask, seqio.preprocessors.tokenize, *_options(vocabulary, ranked)],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=postprocess,
         metric_fns=metrics,
     )
     tasks.append(task)
   return tasks
+
+
+def _options(vocabulary: Vocabulary, ranked: bool) -> list[Any]:
+  """A preprocessor, or none: options as they stand after what comes before them.
+
+  A tokenizer that puts a space before every text does so before an option that has none, such as
+  ".". And an option of no tokens, which would always be the likeliest, is the end of the text.
+  """
+  import tensorflow as tf  # pylint: disable=g-import-not-at-top
+
+  def tokens(text: bytes, alone: np.ndarray) -> np.ndarray:
+    text, before = text.decode(), vocabulary.encode("x")
+    if text and not text[0].isspace():
+      after = vocabulary.encode(f"x{text}")
+      if after[: len(before)] == before:
+        alone = np.asarray(after[len(before) :], np.int32)
+    return alone if len(alone) else np.asarray([vocabulary.eos_id], np.int32)
+
+  def settle(x):
+    targets = tf.numpy_function(tokens, [x["targets_pretokenized"], x["targets"]], tf.int32)
+    return x | {"targets": tf.ensure_shape(targets, [None])}
+
+  return [lambda dataset: dataset.map(settle)] if ranked else []
 
 
 def prepare(task: Any, split: str) -> None:

@@ -40,7 +40,8 @@ def _winogrande(data: Example) -> Iterator[Example]:
 
 def _copa(data: Example) -> Iterator[Example]:
   clauses = {f"choice{i}": data[f"choice{i}"] for i in (1, 2)}
-  clauses = {name: text[:1].lower() + text[1:] for name, text in clauses.items()}
+  small = lambda text: text if re.match(r"I\b", text) else text[:1].lower() + text[1:]
+  clauses = {name: small(text) for name, text in clauses.items()}
   word = {"cause": "because", "effect": "so"}[data["question"]]
   yield data | clauses | {"premise": data["premise"].strip().rstrip("."), "word": word}
 

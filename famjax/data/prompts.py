@@ -110,7 +110,7 @@ class Query(NamedTuple):
 
 def first_line(said: str) -> str:
   """What was said up to the end of its first line."""
-  return said.strip().split("\n")[0].strip()
+  return said.split("\n")[0].strip()
 
 
 @dataclasses.dataclass(frozen=True)

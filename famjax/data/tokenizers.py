@@ -55,6 +55,8 @@ class TokenizerVocabulary:
       import tokenizers  # pylint: disable=g-import-not-at-top  (only these models need it)
 
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+      self._tokenizer.no_truncation()  # what was saved after fine-tuning may cut texts,
+      self._tokenizer.no_padding()  # or fill them up
     except ModuleNotFoundError as error:
       raise UserError(f"vocabulary {directory}: needs the package tokenizers; install it") from error
     except Exception as error:  # tokenizers raises Exception itself

@@ -1,15 +1,16 @@
 """Tasks of public data sets, through seqio and t5's metrics (`famjax.data.evaluation_tasks`).
 
 A ranked task takes the option that the model finds likeliest after its context, a generated one
-what the model writes. Questions that follow one another about one document share it: it is read
+what the model writes up to the end of its prompt's line. Questions that follow one another about one document share it: it is read
 once, in constant memory, and each question goes on from a copy of that state.
 
-A line of the record is a question: task, split, index, and "said": the log-probability of every
-option, or a text.
+A line of the record is a question: task, split, index, "of", a hash of what is asked, and "said":
+the log-probability of every option, or a text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import hashlib
 import itertools
 import math
 import pathlib
@@ -30,6 +31,8 @@ from famjax.inference.generation import Request
 from famjax.inference.model import Model
 
 NORMALIZED = ("sum", "tokens")
+# An answer ends with its line. Some tokenizers have no line breaks: it ends with the next question.
+STOP = ("\n", "Q:", "Question:", "Title:", "Summary:")
 _END = 512  # tokens of a context that are kept at its end, where the question is
 
 
@@ -46,8 +49,8 @@ class TaskEval:
     max_new_tokens: of an answer, which ends with its line.
     normalize: options are compared by the "sum" of their tokens' log-probabilities, which is t5's
       default, or by its mean over "tokens".
-    longest: tokens of a context; a longer one loses its middle, just before the question. The paper
-      cuts at 256k.
+    longest: tokens of a context; a longer one loses its middle, just before the question, and so
+      does one that an ordinary decoder has no room for. The paper cuts at 256k.
     seed: of the metrics' random numbers: t5's ROUGE is the median of a bootstrap.
   """
 
@@ -110,16 +113,21 @@ class TaskEval:
 
   def _measure(self, task: Any, split: str, model: Model, record: Record) -> dict[str, float]:
     ranked = isinstance(evaluation_tasks.spec_of(task.name), Ranked)
-    how = {"task": task.name, "split": split, "longest": self.longest}
+    how = {"task": task.name, "split": split}
     how |= {} if ranked else {"max_new_tokens": self.max_new_tokens}
-    said = {
-        line["index"]: line["said"] for line in record.lines if how.items() <= line.items()
+    before = {
+        (line["index"], line["of"]): line["said"]
+        for line in record.lines
+        if how.items() <= line.items()
     }
     answer = self._compare if ranked else self._write
-    questions = itertools.islice(self._questions(task, split, model), self.examples)
-    document, reading, asked = None, None, []
+    questions = itertools.islice(self._questions(task, split, model, ranked), self.examples)
+    document, reading, asked, said = None, None, [], {}
     for shared, batch in batches(questions, self.batch_size, model.config.memory.block_size):
-      asked += [question.without_texts() for question in batch]
+      if not asked and not any(map(_labelled, batch)):
+        raise UserError(f"task {task.name!r} has no labels in {split!r}: name another split")
+      asked += [question._replace(contexts=[]) for question in batch]
+      said |= {q.index: before[key] for q in batch if (key := (q.index, q.of)) in before}
       left = [question for question in batch if question.index not in said]
       if not left:
         continue
@@ -127,11 +135,11 @@ class TaskEval:
         document, reading = shared, model.read(shared) if shared.size else None
       for question, one in zip(left, answer(model, left, shared.size, reading)):
         said[question.index] = one
-        record.add(how | {"index": question.index, "said": one})
+        record.add(how | {"index": question.index, "of": question.of, "said": one})
       print(f"{task.name}: {len(said):,} questions", file=sys.stderr, flush=True)
+    if not asked:
+      raise UserError(f"task {task.name!r} has nothing to ask in {split!r}: are its files whole?")
     asked.sort(key=lambda question: question.index)
-    if ranked and not any(x["is_correct"] for question in asked for x in question.examples):
-      raise UserError(f"task {task.name!r} has no labels in {split!r}: name another split")
     return self._metrics(task, asked, said)
 
   def _metrics(self, task: Any, asked: "list[Question]", said: dict[int, Any]) -> dict[str, float]:
@@ -140,7 +148,7 @@ class TaskEval:
     for question in asked:
       several = said[question.index]
       several = several if isinstance(several, list) else [several]
-      for example, output in zip(question.examples, several):
+      for example, output in zip(question.examples, several, strict=True):
         targets.append(task.postprocess_fn(output, example=example, is_target=True))
         outputs.append(task.postprocess_fn(output, example=example, is_target=False))
     found: dict[str, float] = {"examples": len(asked)}
@@ -153,19 +161,33 @@ class TaskEval:
       np.random.set_state(before)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
-  def _questions(self, task: Any, split: str, model: Model) -> "Iterator[Question]":
+  def _questions(
+      self, task: Any, split: str, model: Model, ranked: bool
+  ) -> "Iterator[Question]":
     """The questions of a split, in its order."""
     import tensorflow as tf  # pylint: disable=g-import-not-at-top
 
-    begin = begin_ids(model.vocabulary)
-    context = lambda x: _cut(np.asarray([*begin, *x["inputs"]], np.int32), self.longest)
+    begin = np.asarray(begin_ids(model.vocabulary), np.int32)
+
+    def contexts(examples):
+      room = model.config.memory.context
+      if room is not None:  # of an ordinary decoder
+        room -= max(len(x["targets"]) for x in examples) if ranked else self.max_new_tokens
+        if room < 1:
+          raise UserError(f"task {task.name!r}: the model's context has no room for an answer")
+      longest = min(self.longest, room or self.longest)
+      return [_cut(np.concatenate([begin, x["inputs"]]), longest) for x in examples]
+
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
     numbered = zip(itertools.count(), dataset.as_numpy_iterator())
     number = lambda row: int(row[1]["idx"][0]) if "idx" in row[1] else row[0]
     try:
       for index, rows in itertools.groupby(numbered, number):
         examples = [example for _, example in rows]
-        yield Question(index, [context(x) for x in examples], examples)
+        asked = contexts(examples)
+        for example in examples:
+          del example["inputs"], example["inputs_pretokenized"]  # they may be long
+        yield Question(index, asked, examples, _hash(asked, examples))
     except tf.errors.OpError as error:  # what Python raised in the pipeline, and where
       lines = [line for line in str(error).split("\n") if line.strip()]
       what = next((line for line in lines if "Error: " in line), lines[0])
@@ -188,9 +210,9 @@ class TaskEval:
   def _write(
       self, model: Model, questions: "list[Question]", start: int, after: Reading | None
   ) -> list[str]:
-    """What the model writes after each question, up to the end of the line."""
+    """What the model writes after each question, up to the end of the line or the next question."""
     prompts = [question.contexts[0][start:] for question in questions]
-    request = Request(max_new_tokens=self.max_new_tokens, stop="\n")
+    request = Request(max_new_tokens=self.max_new_tokens, stop=STOP)
     return [completion.text for completion in model.complete(prompts, request, after)]
 
 
@@ -200,18 +222,29 @@ class Question(NamedTuple):
   Attributes:
     index: of the question in its split.
     contexts: int32 `[n]`, the tokens before each option; of a generated task, of the one prompt.
-    examples: of the seqio task, as many.
+    examples: of the seqio task, as many, without their inputs.
+    of: a hash of contexts and options. Files that are added, or another prompt, move the indices.
   """
 
   index: int
   contexts: list[np.ndarray]
   examples: list[dict[str, Any]]
+  of: str = ""
 
-  def without_texts(self) -> "Question":
-    """The same without what it takes to ask it, which may be long."""
-    dropped = ("inputs", "inputs_pretokenized")
-    examples = [{k: v for k, v in x.items() if k not in dropped} for x in self.examples]
-    return Question(self.index, [], examples)
+
+def _hash(contexts: list[np.ndarray], examples: list[dict[str, Any]]) -> str:
+  found = hashlib.sha256()
+  for context, example in zip(contexts, examples):
+    for tokens in (context, example["targets"]):
+      found.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, np.int32).tobytes())
+  return found.hexdigest()[:16]
+
+
+def _labelled(question: Question) -> bool:
+  """Whether one option is right, or there is an answer: TFDS hides some of them."""
+  if "is_correct" in question.examples[0]:
+    return any(x["is_correct"] for x in question.examples)
+  return any(answer not in (b"", b"<unk>") for answer in question.examples[0]["answers"])
 
 
 def batches(

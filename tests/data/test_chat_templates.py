@@ -1,5 +1,7 @@
 """Chat templates: the text that transformers makes of them, and what each turn of a talk adds."""
 
+import json
+
 import pytest
 
 from famjax.data.chat_templates import ChatTemplate, Talk, rest
@@ -139,3 +141,18 @@ def test_answers_that_a_template_renders_otherwise():
 def test_a_talk_of_which_nothing_is_known():
   heard, whole = said(chats.GEMMA, ["One.", "Two."], begun=True)
   assert heard == whole.removeprefix("<s>")
+
+
+def test_settings_of_fine_tuning_cut_no_text(tmp_path):
+  tiny.save_tokenizer(tmp_path, "some text")
+  file = tmp_path / "tokenizer.json"
+  settings = json.loads(file.read_text())
+  settings["truncation"] = dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)
+  settings["padding"] = dict(
+      strategy={"Fixed": 64}, direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
+      pad_token="<pad>",
+  )  # fmt: skip
+  file.write_text(json.dumps(settings))
+  vocabulary = TokenizerVocabulary(str(tmp_path))
+  for text in ("a", "a longer text than that"):
+    assert vocabulary.decode(vocabulary.encode(text)) == text

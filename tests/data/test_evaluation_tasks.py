@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 seqio = pytest.importorskip("seqio")
-import tensorflow_datasets as tfds  # pylint: disable=wrong-import-position
+import tensorflow as tf  # pylint: disable=wrong-import-position
+import tensorflow_datasets as tfds
 
 from famjax.data import evaluation_tasks  # pylint: disable=wrong-import-position
 from famjax.data.evaluation_tasks import GPT3, LONG_CONTEXT, TASKS
 from famjax.data.prompts import Generated, Ranked
 from famjax.data.vocabularies import load_vocabulary
 from famjax.errors import UserError
+from tests.convert import tiny
 from tests.data import gpt3_files, long_context_files
 
 BYTES = load_vocabulary("bytes")
@@ -202,6 +204,31 @@ def test_options_by_the_token(tasks):
   per_token=True)  # pylint: disable=protected-access
   targets = [postprocess(None, example=x, is_target=True) for x in examples]
   assert metric(targets, scores)["accuracy"] == 100
+
+
+def options(vocabulary, *texts):
+  """Their tokens as the tasks have them."""
+  (preprocess,) = evaluation_tasks._options(vocabulary, True)  # pylint: disable=protected-access
+  alone = ({"targets_pretokenized": t, "targets": np.array(vocabulary.encode(t), np.int32)} for t in texts)
+  kinds = {"targets_pretokenized": tf.TensorSpec([], tf.string), "targets": tf.TensorSpec([None], tf.int32)}
+  dataset = tf.data.Dataset.from_generator(lambda: alone, output_signature=kinds)
+  return [x["targets"].tolist() for x in preprocess(dataset).as_numpy_iterator()]
+
+
+def test_options_without_a_space_have_none_and_no_option_is_empty(tmp_path):
+  tiny.save_tokenizer(tmp_path, "the cup. the cat is a cat.", adds_space=True)
+  spaced = load_vocabulary(str(tmp_path))
+  assert spaced.encode(".") == spaced.encode(" .")  # it cannot say one without
+  dot, word, nothing = options(spaced, ".", " cat", "")
+  assert spaced.decode(spaced.encode("the cup") + dot) == spaced.decode(spaced.encode("the cup."))
+  assert dot != spaced.encode(".") and word == spaced.encode(" cat") and nothing == [spaced.eos_id]
+  assert options(BYTES, "'s", " a", "") == [BYTES.encode("'s"), BYTES.encode(" a"), [BYTES.eos_id]]
+
+
+def test_copa_leaves_i_large():
+  asked = {"premise": "I ran.", "question": "effect", "choice1": "I fell.", "choice2": "It rained."}
+  (choice,) = TASKS["copa"].ask(asked | {"label": 0})
+  assert choice.options == [" I fell.", " it rained."]
 
 
 def test_a_prediction_is_held_to_the_nearest_reference():

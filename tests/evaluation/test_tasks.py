@@ -1,6 +1,8 @@
 """Tasks of data sets: a tiny model is asked small files, and says what it would say alone."""
 
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +115,34 @@ def test_it_goes_on(model, data, tmp_path, monkeypatch):
   assert {line["task"] for line in added} == {"narrativeqa"}
 
 
+def test_a_story_that_comes_later_takes_no_answers_of_others(model, data, tmp_path):
+  what = TaskEval(("narrativeqa",), str(tmp_path / "data"), max_new_tokens=3)
+  shutil.copytree(data, tmp_path / "data")
+  record = Record(tmp_path / "out", {})
+  what.run(model, record)
+  (tmp_path / "data" / "narrativeqa" / "tmp" / "cc33.content").write_text("It was late. " * 9)
+  qaps = tmp_path / "data" / "narrativeqa" / "qaps.csv"
+  head, *rows = qaps.read_text().splitlines(True)
+  qaps.write_text("".join([head, *rows[::-1]]))  # the new one is the first
+  whole = what.run(model, record)
+  assert whole == what.run(model, Record(tmp_path / "fresh", {}))
+  assert whole.results["tasks"]["narrativeqa"]["examples"] == 3
+  assert len(record.lines) == 4  # the second was the second before
+
+
+def test_an_ordinary_decoder_reads_what_it_has_room_for(data, tmp_path):
+  full = tiny.model("full", block_size=64, memory_segments=1)
+  record = Record(tmp_path, {})
+  TaskEval(("quality", "qasper"), data, max_new_tokens=4).run(full, record)
+  x = asked("quality", data)[1]
+  room = 128 - max(len(x["targets"]) for x in asked("quality", data)[:4])
+  cut = [*x["inputs"][: room // 2], *x["inputs"][-(room - room // 2) :]]
+  (expected,) = tiny.log_likelihoods(full, [(cut, x["targets"])])
+  assert record.lines[0]["said"][1] == pytest.approx(expected, rel=1e-4)
+  with pytest.raises(UserError, match="has no room for an answer"):
+    TaskEval(("qasper",), data, max_new_tokens=128).run(full, Record(tmp_path / "none", {}))
+
+
 def test_by_the_token(model, data, tmp_path):
   """What options are compared by is no part of what is asked again."""
   record = Record(tmp_path, {})
@@ -163,7 +193,13 @@ def test_the_command(data, tmp_path, capsys):
 
 def test_data_that_cannot_be_used(model, data, tmp_path):
   with pytest.raises(UserError, match="'quality' has no labels in 'test'"):
-    TaskEval(("quality",), data, split="test").run(model, Record(tmp_path / "a", {}))
+    TaskEval(("quality",), data, split="test").run(model, record := Record(tmp_path / "a", {}))
+  assert not record.lines  # found out before anything was asked
+  without = tmp_path / "without" / "narrativeqa" / "qaps.csv"
+  without.parent.mkdir(parents=True)
+  without.write_text((pathlib.Path(data) / "narrativeqa" / "qaps.csv").read_text())
+  with pytest.raises(UserError, match="'narrativeqa' has nothing to ask in 'test'"):
+    TaskEval(("narrativeqa",), str(tmp_path / "without")).run(model, Record(tmp_path / "c", {}))
   broken = tmp_path / "data" / "xlsum" / "english_test.jsonl"
   broken.parent.mkdir(parents=True)
   broken.write_text('{"text": "It rained."}\n')

@@ -27,9 +27,9 @@ def config(kind: str = "fam", **memory) -> ModelConfig:
   return dataclasses.replace(CONFIG, memory=dataclasses.replace(CONFIG.memory, kind=kind, **memory))
 
 
-def model(kind: str = "fam", seed: int = 0) -> Model:
+def model(kind: str = "fam", seed: int = 0, **memory) -> Model:
   """A random model of bytes that never takes the end symbol for the likeliest."""
-  decoder = Decoder(config(kind), rngs=nnx.Rngs(seed))
+  decoder = Decoder(config(kind, **memory), rngs=nnx.Rngs(seed))
   kernel = decoder.head.kernel[...]
   decoder.head.kernel[...] = kernel.at[:, BYTES.eos_id].set(0)
   return Model(decoder, BYTES)
