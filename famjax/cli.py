@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
   for add in (
       _add_train, _add_eval, _add_harness, _add_study, _add_generate, _add_score, _add_look,
-      _add_chat, _add_convert, _add_compile,
+      _add_chat, _add_convert, _add_compile, _add_bench,
   ):  # fmt: skip
     add(commands)
   return parser
@@ -323,6 +323,28 @@ def _compile(arguments: argparse.Namespace) -> int:
   from famjax import compilation  # pylint: disable=import-outside-toplevel
 
   return compilation.compile_command(arguments)
+
+
+def _add_bench(commands) -> None:
+  parser = commands.add_parser(
+      "bench", help="measure training, prefill and decoding on this machine",
+      description="Times steps of a random model with a FAM, without it, and with full attention, by"
+      " length, beside the floor that the machine's own rates set. It goes on where it was stopped."
+      " Example: taskset -c 0 famjax bench --gin_file=gin/bench/small.gin --out=runs/bench",
+  )  # fmt: skip
+  _add_gin_options(parser)
+  parser.add_argument("--out", metavar="DIR", default="runs/bench", help="of the report (runs/bench)")
+  parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+  if not arguments.gin_file:
+    raise UserError("bench needs a model: add --gin_file=gin/bench/small.gin, or another")
+  from famjax import configuration  # pylint: disable=import-outside-toplevel
+  from famjax.bench import measure  # pylint: disable=import-outside-toplevel
+
+  configuration.configure(arguments.gin_file, arguments.gin)
+  return measure.command(configuration.bench_from_gin(), arguments)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ import gin
 
 import famjax
 from famjax import data
+from famjax.bench.measure import Bench
 from famjax.errors import UserError
 from famjax.evaluation import documents, passkey, questions, report, study, tasks
 from famjax.evaluation.record import Evaluation, Measurement, measure_run
@@ -67,6 +68,7 @@ CONFIGURABLE = {
         data.ExampleReader, data.PackedReader, data.FollowingReader,
         data.QuestionExamples, passkey.PassKeyEval, study.Study,
         Measurement, questions.QuestionEval, documents.DocumentEval, tasks.TaskEval,
+        Bench,
     )
 }  # fmt: skip
 
@@ -204,6 +206,12 @@ def run_from_gin(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
       "batch_size": value(f"{reader}.batch_size"),
       "length": value(f"{reader}.length"),
   }
+
+
+def bench_from_gin() -> Bench:
+  """What `famjax bench` measures."""
+  with _gin_errors(kinds=()):
+    return gin.get_configurable("Bench")()
 
 
 def _unused(bindings: Sequence[str]) -> list[str]:

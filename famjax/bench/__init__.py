@@ -1,0 +1,1 @@
+"""What famjax costs: training, prefill and decoding on this machine, beside the floor by formula."""
