@@ -85,9 +85,10 @@ def test_every_other_file_stacks_on_a_run(path):
 
 def test_no_gin_file_is_left_out():
   found = {path.relative_to(GIN.parent).as_posix() for path in GIN.rglob("*.gin")}
-  folders = ("runs", "families", "models", "memory", "options", "slices", "eval", "paper")
+  folders = ("runs", "families", "models", "memory", "options", "slices", "eval", "paper", "bench")
   # Of families: tests/test_models.py; of slices, which need their chips: parallel/test_snapshots.py;
-  # of eval: tests/evaluation/test_record.py; of paper: tests/test_benchmarks.py.
+  # of eval: tests/evaluation/test_record.py; of paper: tests/test_benchmarks.py; of bench:
+  # tests/bench/test_measure.py.
   assert found == {path for folder in folders for path in files(folder)}
 
 

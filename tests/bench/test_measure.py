@@ -1,17 +1,19 @@
 """Cases are timed in turn; what is too slow or too large is left out; what is there is not done again."""
 
 import json
+import pathlib
 import re
 
 import pytest
 
-from famjax import cli
+from famjax import cli, configuration
 from famjax.bench import cases, measure
 from famjax.bench.measure import Bench
 from famjax.errors import UserError
 from tests.bench.test_cases import MODEL, N
 
 LENGTHS = (8 * N, 16 * N)
+GIN = pathlib.Path(__file__).resolve().parents[2] / "gin" / "bench"
 
 
 @pytest.fixture(name="called")
@@ -99,6 +101,12 @@ def test_slow_calls_are_fewer(called, tmp_path):
 def test_what_makes_no_sense(change, message):
   with pytest.raises(UserError, match=message):
     bench(**change).validate()
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in GIN.glob("*.gin")))
+def test_every_file_describes_a_bench(file):
+  configuration.configure([f"gin/bench/{file}"], [])
+  configuration.bench_from_gin().validate()
 
 
 def test_the_command(tmp_path, capsys):
