@@ -30,7 +30,9 @@ def test_streaming_measures_and_draws(tmp_path):
 
 
 def test_every_benchmark_says_what_it_does():
-  for name in ("streaming.py", "against_transformers.py", "finetune.py", "paper.py", "tpu_compile.py"):
+  for name in (
+      "streaming.py", "against_transformers.py", "finetune.py", "paper.py", "peers.py", "tpu_compile.py"
+  ):  # fmt: skip
     command = [sys.executable, BENCHMARKS / name, "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "--out" in shown
@@ -118,6 +120,39 @@ def test_every_row_of_the_paper_is_a_study_that_can_be_run(load, tmp_path):
       files = [a for a in arguments if a.endswith(".gin")]
       bindings = [a for a in arguments if not a.endswith(".gin")]
       configuration.plan([file, *files], [*bindings, f"RUN_DIR={tmp_path / name / model}"])
+
+
+@pytest.mark.slow
+def test_the_whole_of_the_paper_runs(load, tmp_path):
+  """All rows with a few steps of one layer; what is there is not made again."""
+  paper = load("paper")
+  command = [sys.executable, BENCHMARKS / "paper.py", "--fast", f"--out={tmp_path}"]
+  subprocess.run(command, check=True, cwd=BENCHMARKS.parent, stdout=subprocess.DEVNULL)
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert list(report["claims"]) == list(paper.ROWS)
+  tables = (tmp_path / "tables.md").read_text()
+  assert all(f"## {row.name}\n" in tables for row in paper.ROWS.values())
+  assert "## Tables 13 and 14" in tables and (tmp_path / "paper.png").stat().st_size > 50_000
+  trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.seconds")}
+  models = {x for row in paper.ROWS.values() for c in row.claims for x in (c.one, c.other)}
+  assert len(trained) > len(models)
+  again = [*command, "--row=fig3a", "--row=tables13_14"]
+  subprocess.run(again, check=True, cwd=BENCHMARKS.parent, stdout=subprocess.DEVNULL)
+  assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.seconds")}
+
+
+def test_a_peer_that_is_not_there_is_named(load, tmp_path, capsys):
+  peers = load("peers")
+  worker = peers.Worker("titans-pytorch")
+  assert "titans_pytorch" in worker.why and worker.time("train", 8) is None
+  worker.close()
+  there = argparse.Namespace(why=None, parameters=1000)
+  workers = {"famjax, FAM": there, "recurrentgemma": there, "titans-pytorch": worker}
+  laps = {name: {"train 1024": [s], "forward 4096": [s]} for name, s in
+          (("famjax, FAM", 1.0), ("recurrentgemma", 1.5))}  # fmt: skip
+  peers._write(tmp_path, workers, laps | {"titans-pytorch": {}})  # pylint: disable=protected-access
+  out = capsys.readouterr().out
+  assert "| 1.50 |" in out.replace("  ", "") and "left out: ModuleNotFoundError" in out
 
 
 def test_a_claim_is_judged_by_differences_of_seeds(load):
