@@ -12,4 +12,5 @@ famjax_environment test,hf,tpu,eval  # hf: to compare with; eval: what is asked
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 say "running the tests"
 # Whole files go to a worker: tests of one file share what they compiled.
-python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+  --durations=40 --durations-min=4 "$@"
