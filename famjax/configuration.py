@@ -134,7 +134,8 @@ def evaluate_from_gin() -> dict[str, Any]:
   check(**arguments, settings=operative_settings)
   asked = _asked()
   evaluate = passkey.evaluate_run if isinstance(asked, passkey.PassKeyEval) else measure_run
-  return evaluate(arguments["run_dir"], asked, arguments["train_reader"])
+  with gin.unlock_config():  # see `measure_from_gin`
+    return evaluate(arguments["run_dir"], asked, arguments["train_reader"])
 
 
 def _asked() -> passkey.PassKeyEval | Evaluation:
@@ -152,7 +153,8 @@ def measure_from_gin(checkpoint: str, out: str | None, name: str) -> str:
   """Measures a checkpoint's model as the gin files say; see `record.Measurement`."""
   with _gin_errors(kinds=()):
     measurement = gin.get_configurable("Measurement")()
-  return measurement.of(checkpoint, out, name)
+  with gin.unlock_config():  # t5 gives gin names of its own when a task imports it
+    return measurement.of(checkpoint, out, name)
 
 
 def study_from_gin(gin_files: list[str], bindings: list[str]) -> None:

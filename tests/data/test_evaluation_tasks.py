@@ -2,6 +2,7 @@
 
 import json
 
+import gin
 import numpy as np
 import pytest
 
@@ -115,6 +116,7 @@ WRITTEN = {
 @pytest.fixture(name="tasks", scope="module")
 def _tasks(tmp_path_factory):
   """All tasks, on small files, with the vocabulary of bytes."""
+  gin.clear_config()  # another test's is locked, and t5 gives gin names when it is imported
   directory = tmp_path_factory.mktemp("data")
   long_context_files.write(directory)
   tfds.disable_progress_bar()

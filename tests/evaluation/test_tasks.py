@@ -3,7 +3,10 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import gin
 import numpy as np
 import pytest
 
@@ -25,6 +28,7 @@ TFDS = ("winogrande", "copa", "record", "lambada", "race_h")
 
 @pytest.fixture(name="data", scope="module")
 def _data(tmp_path_factory):
+  gin.clear_config()  # another test's is locked, and t5 gives gin names when it is imported
   directory = tmp_path_factory.mktemp("data")
   long_context_files.write(directory)
   tfds.disable_progress_bar()
@@ -185,6 +189,11 @@ def test_the_command(data, tmp_path, capsys):
   report = json.loads((tmp_path / "run" / "eval" / "gpt3" / "report.json").read_text())
   assert report["asked"]["examples"] == 1 and set(report["tasks"]) == {"race_h", "lambada"}
   assert set(report["tasks"]["lambada"]) == {"examples", "em", "f1"}
+  # In a process of its own, which imports t5 when gin is configured.
+  one = ["--gin_file=gin/eval/gpt3.gin", "--gin.TASKS=('lambada',)", "--gin.EXAMPLES=1"]
+  alone = [sys.executable, "-m", "famjax.cli", *command, *one, f"--out={tmp_path / 'alone'}"]
+  done = subprocess.run([*alone, "--gin.MAX_NEW_TOKENS=3"], capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and "| lambada " in done.stdout, done.stderr
   file = "--gin_file=gin/eval/long_context.gin"
   assert cli.main([*command[:2], file, "--gin.DATA_DIR=/nowhere", "--gin.TASKS=('xlsum',)"]) == 2
   error = capsys.readouterr().err
