@@ -62,9 +62,7 @@ def _torch(model, loss, logits):
   def train(tokens):
     model.train()
     optimizer.zero_grad()
-    value = loss(on(tokens))
-    if value.requires_grad and value.grad_fn is not None:
-      value.backward()
+    loss(on(tokens)).backward()
     optimizer.step()
 
   def forward(tokens):
@@ -197,7 +195,7 @@ def serve(name: str) -> None:
   """Makes a model, and times what the lines of standard input ask for."""
   common.use_cores(1)
   parameters, train, forward = (OURS | PEERS)[name]()
-  print(json.dumps({"parameters": parameters}), flush=True)
+  print(json.dumps(parameters), flush=True)
   rng = np.random.default_rng(0)
   for line in sys.stdin:
     what, length = line.split()
@@ -215,23 +213,23 @@ class Worker:
     command = [sys.executable, __file__, f"--serve={name}"]
     pipe = subprocess.PIPE
     self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    self.parameters, self.why = None, None
-    line = self._process.stdout.readline()
-    if line:
-      self.parameters = json.loads(line)["parameters"]
-    else:
-      self.why = (self._process.stderr.read().strip().splitlines() or ["ended"])[-1]
+    self.why = None
+    self.parameters = self._said()
 
   def time(self, what: str, length: int) -> float | None:
     """Seconds of a call; None once it has failed."""
     if self.why:
       return None
     print(what, length, file=self._process.stdin, flush=True)
+    return self._said()
+
+  def _said(self):
+    """What it prints next; None, and why, if it has ended."""
     line = self._process.stdout.readline()
-    if not line:
-      self.why = (self._process.stderr.read().strip().splitlines() or ["ended"])[-1]
-      return None
-    return float(line)
+    if line:
+      return json.loads(line)
+    self.why = (self._process.stderr.read().strip().splitlines() or ["ended"])[-1]
+    return None
 
   def close(self) -> None:
     self._process.stdin.close()

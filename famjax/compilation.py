@@ -117,19 +117,15 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
   found |= {"fits": program is not None, "why": why, "largest_buffers": largest}
   if program is None:
     return found
-  analysis, cost = program.memory_analysis(), program.cost_analysis() or {}
-  parts = {
-      name: getattr(analysis, f"{name}_size_in_bytes")
-      for name in ("argument", "temp", "output", "alias")
-  }
-  used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
+  cost, needed = program.cost_analysis() or {}, hlo.memory_of(program)
+  used = needed["used"]
   memory = found["memory_bytes"]
   if memory and used > memory:  # the compiler has packed it in, and calls it more than there is
     why = f"{_size(used)} in all are more than the chip's {_size(memory)}"
     found |= {"fits": False, "why": why}
   text = program.as_text()
   return found | {
-      "bytes_per_chip": parts | {"used": used},
+      "bytes_per_chip": needed,
       "flops_per_chip": {
           "formula": formula * run.batch_size * length / len(devices),
           "products of the program": products(trace.jaxpr.jaxpr) / len(devices),

@@ -29,6 +29,8 @@ from famjax.errors import UserError
 from famjax.inference import engine, sampling
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
+from famjax.model.state import num_bytes
+from famjax.parallel import hlo
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -92,7 +94,7 @@ def model_of(model: ModelConfig, case: Case) -> ModelConfig:
   N = memory.block_size
   if S % N:
     raise UserError(f"a length of {S} tokens is no multiple of block_size {N}: change one of them")
-  chunk = min(S, engine.CHUNK_BLOCKS * N)
+  chunk = _chunk(memory, S)
   if case.step == "prefill" and S % chunk:
     raise UserError(f"a prefill of {S} tokens is no multiple of its chunks of {chunk}: change it")
   if case.memory == "bswa":
@@ -108,19 +110,19 @@ def cost_of(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Cost:
   B, S, N = case.batch_size, case.length, model.memory.block_size
   model = model_of(model, case)
   params = abstract(model)[1]
-  size = _bytes(params)
+  size = num_bytes(params)
   if case.step == "train":
-    kept = _bytes(jax.eval_shape(make_optimizer(optimizer, 1).init, params))
+    kept = num_bytes(jax.eval_shape(make_optimizer(optimizer, 1).init, params))
     return Cost(B * S, flops_per_token(model, S).total * B * S, 2.0 * (2 * size + kept))
   size = size * np.dtype(model.compute_dtype).itemsize // np.dtype(model.param_dtype).itemsize
   logits = 2.0 * model.model_dim * model.vocab_size
   if case.step == "prefill":  # logits are made of the last token of each chunk
-    chunks = max(S // (engine.CHUNK_BLOCKS * N), 1)
+    chunks = S // _chunk(model.memory, S)
     inside = (flops_per_token(model, S).total / 3 - logits) * B * S
     return Cost(B * S, inside + logits * B * chunks, float(size * chunks))
   flops = flops_per_token(model, N, followed=True).total / 3 * B * N
   state = jax.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)).init_state(B))
-  return Cost(B * N, flops, float(N * (size + _bytes(state))))
+  return Cost(B * N, flops, float(N * (size + num_bytes(state))))
 
 
 def make(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Ready:
@@ -132,10 +134,7 @@ def make(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Ready:
       config, optimizer, case
   )
   seconds = time.perf_counter() - begun
-  analysis = program.memory_analysis()
-  part = lambda name: getattr(analysis, f"{name}_size_in_bytes", 0)
-  used = part("argument") + part("temp") + part("output") - part("alias")
-  return Ready(prepare, call, used, seconds)
+  return Ready(prepare, call, hlo.memory_of(program)["used"], seconds)
 
 
 def _train(config, optimizer, case):
@@ -166,7 +165,7 @@ def _prefill(config, optimizer, case):
   del optimizer
   one = _engine(config)
   B, S = case.batch_size, case.length
-  size = min(S, engine.CHUNK_BLOCKS * config.memory.block_size)
+  size = _chunk(config.memory, S)
   chunks = jax.device_put(np.split(_tokens(config, B, S), S // size, axis=1))
   start, counts = one.start(B), jax.device_put(np.full(B, size, np.int32))
   program = engine._read.lower(  # pylint: disable=protected-access
@@ -205,9 +204,9 @@ def _decode(config, optimizer, case):
   return program, lambda: _copied(start), call
 
 
-def _bytes(tree) -> int:
-  """Of arrays, or of shapes."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _chunk(memory: MemoryConfig, length: int) -> int:
+  """Tokens that a prefill reads in one call."""
+  return min(length, engine.CHUNK_BLOCKS * memory.block_size)
 
 
 def _engine(config: ModelConfig) -> engine.Engine:

@@ -136,12 +136,11 @@ def measure(bench: Bench, out: pathlib.Path) -> dict:
   for (step, length), group in groups.items():
     if (step, length) in there:
       continue
-    found["cases"] += _measure(bench, group, found)
+    results = _measure(bench, group, found)
+    found["cases"] += results
     report.write_json(file, found)
-    print(f"{step}, {length:,} tokens: " + ", ".join(
-        f"{one['memory']} {_shown(one)}" for one in found["cases"] if
-        (one["step"], one["length"]) == (step, length)
-    ), file=sys.stderr, flush=True)  # fmt: skip
+    shown = ", ".join(f"{one['memory']} {_shown(one)}" for one in results)
+    print(f"{step}, {length:,} tokens: {shown}", file=sys.stderr, flush=True)
   rows = report.markdown(table(found))
   write_text(out / "table.md", rows + "\n")
   plot(found, out / "bench.png")

@@ -240,7 +240,8 @@ class Model:
       raise UserError(f"{len(prompts)} prompts and {len(requests)} requests: give one for each")
     if not prompts:
       return []
-    generation = self._generation(prompts, requests, self._rows(after, len(prompts)), None)
+    start = after and after.take([0] * len(prompts))
+    generation = self._generation(prompts, requests, start, None)
     while not generation.done:
       generation.round()
     return [
@@ -274,9 +275,6 @@ class Model:
         raise UserError("nothing stands before a text: give at least one token of its context")
       self._check_context(start, context.size + text.size)
     return continuations.scores_after(self._engine, rows, batch_size, after)
-
-  def _rows(self, after: Reading | None, count: int) -> Reading | None:
-    return after and after.take([0] * count)
 
   def _generation(self, prompts, requests, state, progress) -> Generation:
     for request in requests:

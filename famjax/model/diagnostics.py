@@ -28,8 +28,6 @@ from famjax.model.decoder import Decoder, apply_layer, turns_of
 from famjax.model.layers import Layer
 from famjax.model.state import empty_state, layer_memories
 
-MEASURES = ("write", "read", "slots", "energy", "distance")
-
 
 class Look(NamedTuple):
   """What was seen, of L layers in T blocks.

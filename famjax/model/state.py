@@ -246,6 +246,6 @@ def stack(state: State) -> State:
   return state.replace(**{name: jnp.stack(getattr(state, name)) for name in _STACKED})
 
 
-def num_bytes(state: State) -> int:
-  """Bytes of a state; the same after any number of tokens (SPEC 3.5)."""
-  return sum(x.nbytes for x in jax.tree.leaves(state))
+def num_bytes(tree: Any) -> int:
+  """Bytes of a state, the same after any number of tokens (SPEC 3.5); or of other arrays or shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -7,7 +7,7 @@ as a constant of its condition, and its own cost analysis counts the body of a l
 import collections
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
@@ -23,6 +23,18 @@ _CALLED = re.compile(
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+def memory_of(program: Any) -> dict[str, int]:
+  """Bytes of a compiled program on a device, as its compiler counts them.
+
+  Returns:
+    "argument", "temp", "output", "alias" (of the output in arguments' place), and "used" by all.
+  """
+  analysis = program.memory_analysis()
+  names = ("argument", "temp", "output", "alias")
+  parts = {name: getattr(analysis, f"{name}_size_in_bytes") for name in names}
+  return parts | {"used": parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]}
 
 
 class Collective(NamedTuple):

@@ -9,8 +9,11 @@ import pathlib
 from unittest import mock
 
 from etils import epath
+import gin
 import tensorflow_datasets as tfds
 import tree
+
+from tests.data import long_context_files
 
 RACE = {
     "id": "high1.txt", "article": "Tom has 3 cats. One of them, {Kit}, is black.",
@@ -233,6 +236,15 @@ WINOGRAD = [{
     "pronoun_end": _TEXT.index("it is") + 2, "option1": "The cup", "option2": "The box",
     "option1_normalized": "the cup", "option2_normalized": "the box", "label": 0, "idx": 0,
 }]  # fmt: skip
+
+
+def prepare_all(directory: pathlib.Path, tfds_names: list[str]) -> None:
+  """Leaves the files of all tasks below a directory, and the data of these names."""
+  gin.clear_config()  # another test's is locked, and t5 gives gin names when it is imported
+  long_context_files.write(directory)
+  tfds.disable_progress_bar()
+  for name in tfds_names:
+    prepare(directory, name)
 
 
 def prepare(directory: pathlib.Path, tfds_name: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 
-import gin
 import numpy as np
 import pytest
 
@@ -116,12 +115,8 @@ WRITTEN = {
 @pytest.fixture(name="tasks", scope="module")
 def _tasks(tmp_path_factory):
   """All tasks, on small files, with the vocabulary of bytes."""
-  gin.clear_config()  # another test's is locked, and t5 gives gin names when it is imported
   directory = tmp_path_factory.mktemp("data")
-  long_context_files.write(directory)
-  tfds.disable_progress_bar()
-  for name in GPT3:
-    gpt3_files.prepare(directory, TASKS[name].source)
+  gpt3_files.prepare_all(directory, [TASKS[name].source for name in GPT3])
   tasks = evaluation_tasks.register(directory=str(directory))
   yield {task.name: task for task in tasks}
   for task in tasks:

@@ -6,12 +6,10 @@ import shutil
 import subprocess
 import sys
 
-import gin
 import numpy as np
 import pytest
 
 seqio = pytest.importorskip("seqio")
-import tensorflow_datasets as tfds  # pylint: disable=wrong-import-position
 
 from famjax import cli  # pylint: disable=wrong-import-position
 from famjax.data import evaluation_tasks
@@ -28,12 +26,8 @@ TFDS = ("winogrande", "copa", "record", "lambada", "race_h")
 
 @pytest.fixture(name="data", scope="module")
 def _data(tmp_path_factory):
-  gin.clear_config()  # another test's is locked, and t5 gives gin names when it is imported
   directory = tmp_path_factory.mktemp("data")
-  long_context_files.write(directory)
-  tfds.disable_progress_bar()
-  for name in TFDS:
-    gpt3_files.prepare(directory, evaluation_tasks.TASKS[name].source)
+  gpt3_files.prepare_all(directory, [evaluation_tasks.TASKS[name].source for name in TFDS])
   yield str(directory)
   for name in set(seqio.TaskRegistry.names()) & set(evaluation_tasks.TASKS):
     seqio.TaskRegistry.remove(name)
