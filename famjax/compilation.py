@@ -274,7 +274,7 @@ def table(found: dict[str, Any]) -> str:
       ("FLOPs of a chip, by formula", f"{flops['formula']:.3g}"),
       ("  products of the program", f"{flops['products of the program']:.3g}"),
   ]
-  once, cycles = ", the body of a loop counted once", ", collectives left out"
+  once, cycles = ", the body of a loop counted once", ", collectives and kernels left out"
   for name, value, how in (
       ("  compiler", flops["compiler, loops once"], once),
       ("bytes moved, compiler", found["bytes_moved_per_chip, loops once"], once),

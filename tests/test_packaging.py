@@ -20,7 +20,7 @@ SCRIPTS = [
     ".ci/run",
 ]
 # A room imports only itself and what stands before it.
-ROOMS = ["model", "kernels", "parallel", "data", "convert", "training", "inference", "evaluation", "bench"]
+ROOMS = ["kernels", "model", "parallel", "data", "convert", "training", "inference", "evaluation", "bench"]
 
 
 def run(*command, **kwargs):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax.model import axes
+
 _MASKED = -1e30  # finite, so that a row without any visible key would give numbers and not NaN
 
 
@@ -46,6 +48,11 @@ def attend(
   B, T, H, n, d = queries.shape
   K = key_sets[0].keys.shape[2]
   G = H // K
+  if G * n == 1 and axes.platform() == "tpu":
+    # Of one vector and a matrix XLA makes a sum on a TPU, for which it copies all values as float32:
+    # four times the cycles of two vectors (docs/results/kernels.md).
+    both = jnp.pad(queries, [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    return attend(both, key_sets, cap)[:, :, :, :1]
   # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
   # copies the keys on a CPU, five times the work of a decoding step.
   queries = queries.reshape(B, T, K, G * n, d)

@@ -7,6 +7,7 @@ names mean; without one, which is the default, every function here gives back wh
 
 import contextlib
 import contextvars
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from flax import nnx
@@ -27,6 +28,15 @@ class Placement(Protocol):
 
   def gather(self, weight: jax.Array, axes: Axes) -> jax.Array:
     """A weight as a layer uses it: whole, but for the axes that products are split over."""
+
+  def on_parts(
+      self, function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]
+  ) -> jax.Array:
+    """See the function of this name."""
+
+  @property
+  def platform(self) -> str:
+    """Of its devices."""
 
 
 _placement: contextvars.ContextVar[Placement | None]
@@ -60,6 +70,26 @@ def gather(weights):
   is_weight = lambda x: isinstance(x, nnx.Variable)
   one = lambda x: x.replace(placement.gather(x[...], x.get_metadata("axes")))
   return jax.tree.map(one, weights, is_leaf=is_weight)
+
+
+def on_parts(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]
+) -> jax.Array:
+  """Calls a kernel, which the compiler cannot split, on each device's part of its arrays.
+
+  Args:
+    function: of so many arrays; what it gives back lies as the first of them.
+    arrays: what it is called with.
+    axes: names of each one's axes.
+  """
+  placement = _placement.get()
+  return function(*arrays) if placement is None else placement.on_parts(function, arrays, axes)
+
+
+def platform() -> str:
+  """Kind of the devices that what is traced now is for: "cpu", "gpu", "tpu"."""
+  placement = _placement.get()
+  return jax.default_backend() if placement is None else placement.platform
 
 
 def names(model: nnx.Module) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from famjax.errors import UserError
+from famjax.kernels import block_attention
+from famjax.model import attention, axes
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.state import State
@@ -172,6 +175,66 @@ def write_ring(past: Past, own: Past, layout: Layout, R: int) -> Past:
     return jnp.moveaxis(ring, 1, 2)
 
   return Past(gather(past.keys, own.keys), gather(past.values, own.values))
+
+
+def attend(
+    queries: jax.Array, past: Past, own: Past, fam: KeySet | None, layout: Layout, config: ModelConfig
+) -> jax.Array:
+  """Attention of a call's blocks to their segments, their FAM and themselves (Algorithm 1 and 2).
+
+  Args:
+    queries: `[B, T, H, N, d]`, scaled and rotated.
+    past: from `read_ring` or `no_past`.
+    own: from `own_block`.
+    fam: `[B, T, K, F, d]`, what each block sees of it; None: there is none.
+    layout: of the call.
+    config: says which kernel does it.
+
+  Returns:
+    `[B, T, H, N, d]`.
+
+  Raises:
+    UserError: the kernel cannot run on this machine, or not with blocks of this size.
+  """
+  if config.attention_kernel == "pallas":
+    return _by_kernel(queries, past, own, fam, layout, config)
+  key_sets = token_key_sets(past, own, layout, config.memory)
+  if fam is not None:
+    key_sets.insert(-1, fam)
+  return attention.attend(queries, key_sets, config.attention_cap)
+
+
+def _by_kernel(queries, past, own, fam, layout, config):
+  memory, platform = config.memory, axes.platform()
+  if platform not in ("cpu", "tpu"):
+    raise UserError(f"attention_kernel 'pallas' is for TPUs, not for a {platform}: choose 'none'")
+  if platform == "tpu" and memory.block_size % 128:
+    raise UserError(
+        f"attention_kernel 'pallas' on a TPU needs a block_size that 128 divides, not"
+        f" {memory.block_size}: choose another, or 'none'"
+    )
+  B, T, H, N, d = queries.shape
+  K = config.kv_heads
+  heads = ("batch", None, "kv_heads", None, None)
+  # Heads that share keys stay on one device, but for multi-query attention's, which are all there are.
+  split = ("batch", None, "kv_heads", "heads" if K == 1 else None, None, None)
+  arrays = [
+      (queries.reshape(B, T, K, H // K, N, d), split),
+      (jnp.concatenate([past.keys, own.keys], axis=1), heads),
+      (jnp.concatenate([past.values, own.values], axis=1), heads),
+      (jnp.minimum(layout.block, past.num_blocks), ("batch",)),
+      *((x, heads) for x in (() if fam is None else (fam.keys, fam.values))),
+  ]
+
+  def kernel(queries, keys, values, before, fam_keys=None, fam_values=None):
+    return block_attention.attend(
+        queries, keys, values, fam_keys, fam_values, before,
+        segments=memory.memory_segments, window=memory.window, cap=config.attention_cap,
+        stop_gradient=memory.stop_gradient, interpret=platform == "cpu",
+    )  # fmt: skip
+
+  out = axes.on_parts(kernel, *zip(*arrays))
+  return out.reshape(queries.shape)
 
 
 def token_key_sets(past: Past, own: Past, layout: Layout, memory: MemoryConfig) -> list[KeySet]:

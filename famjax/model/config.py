@@ -24,9 +24,11 @@ MEMORY_WEIGHTS = (*FAM_WEIGHTS, "memory", "memory_layers")
 # Kinds of memory that the decoder itself has; others are `strategy`'s.
 BUILT_IN = ("fam", "bswa", "full")
 # Options of a `ModelConfig` that change no result.
-HOW_IT_RUNS = ("remat", "feedback_unroll")
+HOW_IT_RUNS = ("remat", "feedback_unroll", "attention_kernel")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
+# What makes the attention of whole blocks. See `blocks.attend`.
+ATTENTION_KERNELS = ("none", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,8 @@ class ModelConfig:
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
+    attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "none", plain JAX;
+      "pallas", `famjax.kernels.block_attention`, on a TPU, or interpreted on a CPU, for tests.
     memory: which past a block can see.
   """
 
@@ -205,6 +209,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
   feedback_unroll: int = 1
+  attention_kernel: str = "none"
   memory: MemoryConfig = MemoryConfig()
 
   def __post_init__(self):
@@ -327,7 +332,12 @@ class ModelConfig:
     _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, REMAT_POLICIES)
     _at_least("feedback_unroll", self.feedback_unroll, 1)
+    _one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
     self.memory.validate()
+    if self.attention_kernel != "none" and self.memory.kind not in BUILT_IN:
+      raise UserError(
+          f"memory kind {self.memory.kind!r} has no kernel: attention_kernel must be 'none'"
+      )
 
   def _validate_kinds(self):
     if self.rope_stretch is not None:

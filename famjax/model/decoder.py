@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famjax.model import axes, blocks, memory, recurrent, rope, strategy, within
-from famjax.model.attention import KeySet, attend
+from famjax.model.attention import KeySet
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
 from famjax.model.state import LayerMemory, Recent, State, empty_state
@@ -49,18 +49,18 @@ def apply_layer(
   )  # fmt: skip
   queries, keys, values = layer.project(x, turns.token, turns.token)
   own = blocks.own_block(past, keys, values, layout, M)
-  key_sets = blocks.token_key_sets(past, own, layout, config.memory)
   ring = blocks.write_ring(past, own, layout, M + 1)
   after = mine._replace(keys=ring.keys, values=ring.values)
+  fam = None
   if config.memory.length:  # FAM
     loop = memory.feedback(
         layer, mine.fam, own.keys, own.values, turns.write, turns.read, first, layout.full,
         unroll=config.feedback_unroll,
     )  # fmt: skip
-    key_sets.insert(-1, KeySet(loop.keys, loop.values))
+    fam = KeySet(loop.keys, loop.values)
     fam_keys, fam_values = layer.keys_values(loop.fam, turns.after)
     after = after._replace(fam=loop.fam, fam_keys=fam_keys, fam_values=fam_values)
-  return layer.close(attend(queries, key_sets, layer.cap), x), after
+  return layer.close(blocks.attend(queries, past, own, fam, layout, config), x), after
 
 
 def remat(function, policy: str):

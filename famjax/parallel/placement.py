@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh, by the names of their axes."""
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -135,6 +136,21 @@ class Placement:
     """See `famjax.model.axes`: `embed` is whole."""
     kept = tuple(None if name == "embed" else name for name in axes)
     return jax.lax.with_sharding_constraint(weight, self.sharding(kept, weight.shape, "a weight"))
+
+  def on_parts(
+      self, function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]
+  ) -> jax.Array:
+    """See `famjax.model.axes`."""
+    specs = tuple(self.spec(names, x.shape, "of a kernel") for x, names in zip(arrays, axes))
+    split = jax.shard_map(
+        function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+    )
+    return split(*arrays)
+
+  @property
+  def platform(self) -> str:
+    """See `famjax.model.axes`."""
+    return self.mesh.devices.flat[0].platform
 
   @property
   def whole(self) -> NamedSharding:

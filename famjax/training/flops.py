@@ -115,7 +115,8 @@ def flops_per_token(
 def products(jaxpr: core.Jaxpr) -> float:
   """FLOPs of all matrix products of a traced program, those that it makes again included.
 
-  A loop whose end depends on data counts once, and of branches the largest counts.
+  A loop whose end depends on data counts once, of branches the largest counts, and a kernel as it
+  says itself (`pallas_call`'s cost estimate).
 
   Args:
     jaxpr: of the program, `jax.jit(f).trace(...).jaxpr.jaxpr`.
@@ -127,8 +128,15 @@ def products(jaxpr: core.Jaxpr) -> float:
       shape = eqn.invars[0].aval.shape
       size = math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
       total += 2.0 * size
+    if eqn.primitive.name == "pallas_call":
+      cost = eqn.params["cost_estimate"]
+      total += cost.flops if cost else 0.0
+      continue
     inner = [products(part) for part in core.jaxprs_in_params(eqn.params)]
-    turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    # What stands in a scan happens so often, and in a shard_map on so many devices.
+    turns = {"scan": lambda p: p["length"], "shard_map": lambda p: p["mesh"].size}.get(
+        eqn.primitive.name, lambda p: 1
+    )(eqn.params)
     total += turns * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
   return total
 

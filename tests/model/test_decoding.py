@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from famjax.model.state import settle, stack, unstack, with_recent
+from famjax.model import axes
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.state import empty_state, settle, stack, unstack, with_recent
+from famjax.parallel import hlo, topology
+from famjax.parallel.mesh import MeshConfig, make_mesh
+from famjax.parallel.placement import AxisRules, Placement
+from famjax.training.train_state import abstract
 from tests.model import cases
 from tests.model.cases import BATCH, Stream
 
@@ -97,3 +103,26 @@ def test_a_waiting_state_reads_on_within_a_block_alone():
   state = with_recent(cases.init_state(config, params), ROOM)
   with pytest.raises(ValueError, match="settle it first"):
     model(jnp.zeros((BATCH, 3), jnp.int32), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_step_on_a_tpu_goes_through_the_ring_without_a_copy(kv_heads):
+  """What a layer's step keeps beside its state is nothing to the ring, whether heads share keys or not."""
+  mesh = make_mesh(MeshConfig(data=1), topology.devices_of("v5e:2x2")[:1])
+  placement = Placement(mesh, AxisRules())
+  config = ModelConfig(
+      vocab_size=256, num_layers=1, model_dim=512, num_heads=4, num_kv_heads=kv_heads, ff_dim=512,
+      compute_dtype="bfloat16", param_dtype="bfloat16",
+      memory=MemoryConfig("bswa", block_size=1024, memory_segments=3),
+  )  # fmt: skip
+  graphdef, params = abstract(config)
+  on = lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.whole), tree
+  )
+  state = jax.eval_shape(lambda: with_recent(empty_state(config, 16), 16))
+  tokens = jax.ShapeDtypeStruct((16, 1), jnp.int32)
+  one = jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s), donate_argnums=2)
+  with axes.placed_by(placement):
+    program = one.lower(*on((params, tokens, state))).compile()
+  assert hlo.memory_of(program)["temp"] < state.keys.size * 2 / 10

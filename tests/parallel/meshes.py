@@ -32,7 +32,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
     "all parameters, Adafactor, rows followed": (
         MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"),
         dict(follow_rows=True, look_every=STEPS),
-        ("one device", "mixed", "moved"),
+        ("one device", "mixed", "moved", "kernel"),
     ),
     "a memory of another kind, rows followed": (
         dataclasses.replace(
@@ -40,21 +40,23 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
             memory=dataclasses.replace(MODEL.memory, kind="infini", memory_segments=1),
             feedback_unroll=2,
         ),
-        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed", "moved"),
+        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed"),
     ),
 }  # fmt: skip
 MESHES = {
     "one device": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8),
-    "mixed": (2, 2, 2), "moved": (2, 2, 2),
+    "mixed": (2, 2, 2), "moved": (2, 2, 2), "kernel": (2, 2, 2),
 }  # fmt: skip
 
 
-def losses(setting: str, mesh: tuple[int, int, int], run_dir: str, steps: int = STEPS) -> list[float]:
+def losses(setting: str, mesh: str, run_dir: str, steps: int = STEPS) -> list[float]:
   """Loss and gradient norm of every step of a run, which goes on with what is in its directory.
 
   Where it looks at its FAM, two measures of it stand at the end.
   """
   model, optimizer, options, _ = SETTINGS[setting]
+  model = dataclasses.replace(model, attention_kernel="pallas" if mesh == "kernel" else "none")
+  mesh = MESHES[mesh]
   config = dataclasses.replace(toy.TRAIN, train_steps=steps, log_every=1, **options)
   devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
   with contextlib.redirect_stdout(io.StringIO()), _only(devices):
@@ -82,8 +84,8 @@ def main() -> None:
       for mesh in meshes:
         run_dir = f"{directory}/{setting}/{mesh}"
         if mesh == "moved":
-          losses(setting, MESHES["fsdp"], run_dir, steps=2)
-        found[f"{setting}: {mesh}"] = losses(setting, MESHES[mesh], run_dir)
+          losses(setting, "fsdp", run_dir, steps=2)
+        found[f"{setting}: {mesh}"] = losses(setting, mesh, run_dir)
   json.dump(found, sys.stdout)
 
 

@@ -32,7 +32,8 @@ def found():
 def test_losses_are_those_of_one_device(found, setting, mesh):
   """Sums over devices come in another order: five steps of float32 stay within 1e-5.
 
-  "moved" is a run whose checkpoint was saved on one mesh and restored on another.
+  "moved" is a run whose checkpoint was saved on one mesh and restored on another; "kernel" one whose
+  attention is a kernel, which each device calls on its part.
   """
   alone, here = (np.array(found[f"{setting}: {name}"]) for name in ("one device", mesh))
   looks = "look_every" in SETTINGS[setting][2]

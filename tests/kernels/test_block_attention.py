@@ -1,0 +1,164 @@
+"""The kernel gives what plain attention over key sets gives, and its program keeps no scores."""
+
+import dataclasses
+
+from flax import nnx
+from hypothesis import given, settings, strategies as st
+import jax
+from jax.sharding import SingleDeviceSharding
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famjax.errors import UserError
+from famjax.kernels import block_attention
+from famjax.model import blocks
+from famjax.model.attention import KeySet
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.decoder import Decoder
+from famjax.model.state import empty_state
+from famjax.parallel import hlo, topology
+
+
+def problem(config, B, T, start, seed=0, dtype=jnp.float32):
+  """Random arguments of `blocks.attend`, of rows that have read `start` blocks before."""
+  N, F, K, d = config.memory.block_size, config.memory.length, config.kv_heads, config.head_width
+  keys = iter(jax.random.split(jax.random.key(seed), 8))
+  draw = lambda *shape: jax.random.normal(next(keys), shape, dtype)
+  P = 0 if start is None else config.memory.memory_segments + 1
+  state = empty_state(config, B, past=False).replace(
+      position=jnp.zeros(B, jnp.int32) if start is None else jnp.asarray(start, jnp.int32) * N
+  )
+  layout = blocks.make_layout(state, T * N, None, aligned=True, within=False, N=N)
+  queries = draw(B, T, config.num_heads, N, d) * d**-0.5
+  past = blocks.Past(draw(B, P, K, N, d), draw(B, P, K, N, d))
+  own = blocks.Past(draw(B, T, K, N, d), draw(B, T, K, N, d))
+  fam = KeySet(draw(B, T, K, F, d), draw(B, T, K, F, d)) if F else None
+  return (queries, past, own, fam), layout
+
+
+def both(config, arrays, layout):
+  """Results and gradients by plain attention and by the kernel, all of them float32."""
+  towards = jax.random.normal(jax.random.key(9), arrays[0].shape)
+
+  def of(kernel):
+    here = dataclasses.replace(config, attention_kernel=kernel)
+    out = lambda arrays: blocks.attend(*arrays, layout, here).astype(jnp.float32)
+    gradients = jax.grad(lambda arrays: (out(arrays) * towards).sum())(arrays)
+    return out(arrays), jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+
+  return jax.jit(lambda: (of("none"), of("pallas")))()
+
+
+def agree(plain, kernel, forward, backward):
+  """Largest differences, beside values of size 1 and gradients of up to 10."""
+  np.testing.assert_allclose(kernel[0], plain[0], rtol=forward, atol=forward)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=backward, atol=backward)
+  jax.tree.map(close, kernel[1], plain[1])
+
+
+@st.composite
+def configs(draw):
+  K, M = draw(st.sampled_from([1, 2])), draw(st.integers(0, 3))
+  N = draw(st.sampled_from([3, 8, 256]))  # 256: a tile
+  window = draw(st.sampled_from([None, 1, N, N + N // 2]))
+  if window is not None and window >= (M + 1) * N:
+    window = None
+  return ModelConfig(
+      num_heads=K * draw(st.integers(1, 3)), num_kv_heads=K, head_dim=4,
+      attention_cap=draw(st.sampled_from([None, 2.0])),
+      memory=MemoryConfig(
+          block_size=N, memory_segments=M, fam_length=draw(st.integers(0, 3)), window=window,
+          stop_gradient=draw(st.booleans()),
+      ),
+  )  # fmt: skip
+
+
+@settings(max_examples=8)
+@given(config=configs(), T=st.integers(1, 3), begun=st.booleans(), seed=st.integers(0, 99))
+def test_equals_plain_attention(config, T, begun, seed):
+  """Sums in another order, in float32: 1e-5 of results, 1e-4 of gradients."""
+  start = [seed % 3, config.memory.memory_segments + 1] if begun else None
+  arrays, layout = problem(config, 2, T, start, seed)
+  agree(*both(config, arrays, layout), forward=1e-5, backward=1e-4)
+
+
+@pytest.mark.parametrize("tile", [128, 384])
+def test_several_tiles_of_a_block(monkeypatch, tile):
+  """Tiles before, on and behind the diagonal, of blocks of two tiles or of three."""
+  monkeypatch.setattr(block_attention, "_TILE", tile)
+  memory = MemoryConfig(block_size=768 if tile == 384 else 384, memory_segments=1, fam_length=2)
+  memory = dataclasses.replace(memory, window=memory.block_size + 200)
+  config = ModelConfig(num_heads=2, num_kv_heads=1, head_dim=4, memory=memory)
+  arrays, layout = problem(config, 1, 2, [1])
+  agree(*both(config, arrays, layout), forward=1e-5, backward=1e-4)
+
+
+def test_in_bfloat16():
+  """Each of the two rounds weights to 8 bits before it adds them up: 2 % of what there is."""
+  config = ModelConfig(
+      num_heads=4, num_kv_heads=2, head_dim=16, compute_dtype="bfloat16",
+      memory=MemoryConfig(block_size=32, memory_segments=2, fam_length=8),
+  )  # fmt: skip
+  arrays, layout = problem(config, 2, 3, None, dtype=jnp.bfloat16)
+  agree(*both(config, arrays, layout), forward=0.02, backward=0.05)
+
+
+MODEL = ModelConfig(
+    vocab_size=16, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, ff_dim=16, remat="full",
+    memory=MemoryConfig(block_size=8, memory_segments=2, fam_length=2),
+)  # fmt: skip
+
+
+def test_a_model_is_the_same():
+  """Gradients of training, and logits and state of reading on from anywhere in a block."""
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 43)))
+
+  def of(kernel):
+    config = dataclasses.replace(MODEL, attention_kernel=kernel)
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    loss = lambda params: jnp.square(nnx.merge(graphdef, params)(tokens)[0]).mean()
+    gradients = nnx.to_pure_dict(jax.grad(loss)(params))
+    model = nnx.merge(graphdef, params)
+    start = jnp.ones(2, bool)
+    lengths = jnp.array([21, 13])
+    _, state = model(tokens[:, :21], empty_state(config, 2), start_of_sequence=start, lengths=lengths)
+    logits, state = model(tokens[:, 21:], state)
+    return gradients, logits, state
+
+  plain, kernel = jax.jit(lambda: (of("none"), of("pallas")))()
+  same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(same, kernel, plain)
+
+
+def test_what_it_is_not_for_is_refused():
+  with pytest.raises(UserError, match="memory kind 'rmt' has no kernel: attention_kernel must be"):
+    memory = dataclasses.replace(MODEL.memory, kind="rmt", memory_segments=0)
+    dataclasses.replace(MODEL, memory=memory, attention_kernel="pallas").validate()
+  with pytest.raises(UserError, match="attention_kernel 'fast' is unknown; choose one of none, pallas"):
+    dataclasses.replace(MODEL, attention_kernel="fast").validate()
+
+
+@pytest.mark.slow
+def test_for_a_tpu_it_keeps_no_scores():
+  """Forward and backward compile for a chip; temporaries are none beside those of scores."""
+  device = SingleDeviceSharding(topology.devices_of("v5e:2x2")[0])
+  config = ModelConfig(
+      num_heads=4, num_kv_heads=2, head_dim=128, compute_dtype="bfloat16",
+      memory=MemoryConfig(block_size=512, memory_segments=2, fam_length=64),
+  )  # fmt: skip
+  arrays, _ = jax.eval_shape(lambda: problem(config, 1, 4, None, dtype=jnp.bfloat16))
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+  queries, past, own, fam = jax.tree.map(shape, arrays)
+  before = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=device)
+  split = jax.tree.map(shape, jax.ShapeDtypeStruct((1, 4, 2, 2, 512, 128), jnp.bfloat16))
+
+  def loss(queries, keys, values, fam, before):
+    out = block_attention.attend(queries, keys, values, *fam[:2], before, segments=2)
+    return out.astype(jnp.float32).sum()
+
+  arguments = split, own.keys, own.values, fam, before
+  program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
+  one_set_of_scores = 4 * 4 * 512 * 512 * 4
+  assert hlo.memory_of(program)["temp"] < one_set_of_scores / 2
+  assert program.as_text().count("tpu_custom_call") >= 3
