@@ -1,11 +1,15 @@
 """What fixed small steps cost, against numbers that are written down, and never by a clock.
 
-Programs for a TPU are made by its compiler, which is the same everywhere. A change that costs more fails
-here; one that costs less, or means to cost more, writes the numbers anew:
+Programs for a TPU are made by its compiler, which is the same everywhere. A change that costs more
+fails here; one that costs less, or means to cost more, writes the numbers anew:
 
     PYTHONPATH=. python tests/test_performance.py
+
+The kernel's share of FLOPs and bytes is what it says itself, and it has no cycles. Numbers of
+compilations are changed by hand.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -22,6 +26,7 @@ from famjax.inference.sampling import Sampling, stack
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.parallel import topology
+from famjax.parallel.hlo import KINDS
 from famjax.parallel.mesh import MeshConfig
 from famjax.parallel.placement import AxisRules
 from famjax.training.config import TrainConfig
@@ -51,9 +56,10 @@ def costs(model: ModelConfig, step: str) -> dict[str, float]:
       MeshConfig(fsdp=2, tensor=2), AxisRules(), batch_size=8, length=512,
   )  # fmt: skip
   found = compilation.compiled(run, step, topology.devices_of("v5e:2x2"))
-  kinds = {}
+  kinds = collections.Counter()
   for one in found["collectives"]:
-    kinds[one["kind"]] = kinds.get(one["kind"], 0) + one["times"]
+    kinds[one["kind"]] += one["times"]
+    kinds[f"bytes of {one['kind']}"] += one["total_bytes"]
   return {
       "FLOPs of products": found["flops_per_chip"]["products of the program"],
       "FLOPs by the compiler, loops once": found["flops_per_chip"]["compiler, loops once"],
@@ -68,8 +74,10 @@ def costs(model: ModelConfig, step: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_costs_no_more_than_it_did(name):
   stored, found = json.loads(STORED.read_text())[name], costs(*STEPS[name])
-  assert found.keys() <= stored.keys(), "a collective of another kind"
   assert found["FLOPs of products"] == stored["FLOPs of products"]
+  assert {key: found[key] for key in KINDS if key in found} == {
+      key: stored[key] for key in KINDS if key in stored
+  }
   more = {key: (found[key], stored[key]) for key in found if found[key] > ROOM * stored[key]}
   assert not more, "now and as stored"
 
@@ -80,8 +88,6 @@ def test_what_is_stored_is_cheap():
   fam, bswa = stored["train, FAM"], stored["train, BSWA"]
   # F/N = 1/8: what the FAM's vectors cost on their way through the layers, and attention to them.
   assert 1.08 < fam["FLOPs of products"] / bswa["FLOPs of products"] < 1.14
-  kernel = stored["train, FAM, kernel"]
-  assert kernel["bytes of temporaries"] < fam["bytes of temporaries"]
 
 
 @contextlib.contextmanager

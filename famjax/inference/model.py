@@ -394,7 +394,8 @@ def assemble(
   """Makes a model of what was loaded; args and errors are those of `load`."""
   params, config = lora.merge(loaded.params, loaded.model)
   if memory is not None:
-    config = dataclasses.replace(config, memory=memory)
+    # What made the attention of the other memory may not be for this one.
+    config = dataclasses.replace(config, memory=memory, attention_kernel="none")
   graphdef, fresh = abstract(config)
   if fam_prompt is not None:
     params = params | {"fam_prompt": jnp.asarray(fam_prompt)}

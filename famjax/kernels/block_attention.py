@@ -8,8 +8,8 @@ meets a tile of keys at a time, and a running maximum and sum stand for the soft
 
 Tiles of keys go by `segments * N / tile`, oldest first, the own block last; a block's FAM, a few
 vectors, is seen with the first. The backward pass makes the weights again from the sums (`lse`), with
-keys down and queries across, so that what there is one of per query lies along the lanes: one kernel for
-the queries and the FAM, one for the tokens' keys and values.
+keys down and queries across, so that what there is one of per query lies along the lanes: one kernel
+for the queries and the FAM, one for the tokens' keys and values.
 """
 
 import functools
@@ -90,6 +90,7 @@ def attend(
   B, T, K, G, N, d = queries.shape
   if window is not None:
     segments = min(segments, (window + N - 2) // N)
+  segments = min(segments, keys.shape[1] - 1)  # more there are not
   shape = _Shape(
       T, keys.shape[1] - T, G, N, 0 if fam_keys is None else fam_keys.shape[3], segments,
       _tile_of(N), window, cap, stop_gradient, interpret,
@@ -238,6 +239,16 @@ def _scores(a, b, cap):
   return cap * bent, bent
 
 
+def _pairs(shape: _Shape, B: int, K: int, distances: int, fam: int) -> int:
+  """Queries times keys of all tiles that meet, in rows whose past is whole, and of `fam` vectors."""
+  tiles = range(shape.tiles)
+  meet = 0
+  for distance in range(distances):
+    blocks = min(shape.T, max(shape.T + shape.P - distance, 0))  # with a block so far before
+    meet += blocks * sum(bool(_meets(shape, distance, i, j)) for i in tiles for j in tiles)
+  return B * K * shape.G * (meet * shape.tile**2 + shape.T * shape.N * fam)
+
+
 def _forward(shape, before, queries, keys, values, fam):
   """Results `[B, T, K, G * N, d]`, and the logarithm of each query's sum, `[B, T, K, 1, G * N]`."""
   B, T, K, n, d = queries.shape
@@ -254,7 +265,7 @@ def _forward(shape, before, queries, keys, values, fam):
           (_spec(1, shape.tile, lane), jax.ShapeDtypeStruct((B, T, K, 1, n), jnp.float32)),
       ],
       [statistics, statistics, pltpu.VMEM((shape.tile, d), jnp.float32)],
-      shape, products=2, sequential=1,
+      shape, products=2, sequential=1, pairs=_pairs(shape, B, K, shape.segments + 1, shape.F),
   )  # fmt: skip
 
 
@@ -328,7 +339,7 @@ def _backward_queries(shape, before, queries, keys, values, fam, given, lse, del
           pltpu.VMEM((shape.tile, d), jnp.float32),
           *[pltpu.VMEM((shape.F, d), jnp.float32) for _ in fam],
       ],
-      shape, products=3, sequential=2,
+      shape, products=3, sequential=2, pairs=_pairs(shape, B, K, shape.segments + 1, shape.F),
   )  # fmt: skip
 
 
@@ -405,7 +416,7 @@ def _backward_keys(shape, before, queries, keys, values, given, lse, delta):
       [rows, token, token, rows, row, row],
       [(token, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (keys, values)],
       [pltpu.VMEM((shape.tile, d), jnp.float32)] * 2,
-      shape, products=4, sequential=1,
+      shape, products=4, sequential=1, pairs=_pairs(shape, B, K, distances, 0),
   )  # fmt: skip
 
 
@@ -446,15 +457,13 @@ def _backward_keys_kernel(shape, before, *refs):
     of_values[...] = value_acc[...].astype(of_values.dtype)
 
 
-def _call(kernel, grid, arguments, in_specs, outputs, scratch, shape, *, products, sequential):
-  """One kernel; `products` of matrices a tile, the last `sequential` axes of the grid in turn."""
+def _call(kernel, grid, arguments, in_specs, outputs, scratch, shape, *, products, sequential, pairs):
+  """One kernel; `products` of matrices for each of `pairs`, the last `sequential` axes in turn."""
   queries = arguments[1]
-  B, T, K, n, d = queries.shape
-  pairs = B * T * K * n * int((shape.segments + 0.5) * shape.N + shape.F)  # that meet, about
   arrays = [*arguments, *(out for _, out in outputs)]
-  fetched = 2 * pairs // shape.tile * d * queries.dtype.itemsize  # two tiles for each that they meet
+  fetched = 2 * pairs // shape.tile * queries.shape[-1] * queries.dtype.itemsize  # tiles that meet
   cost = pl.CostEstimate(
-      flops=2 * products * pairs * d,
+      flops=2 * products * pairs * queries.shape[-1],
       transcendentals=pairs,
       bytes_accessed=fetched + sum(x.size * x.dtype.itemsize for x in arrays),
   )

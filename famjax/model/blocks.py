@@ -194,9 +194,10 @@ def attend(
     `[B, T, H, N, d]`.
 
   Raises:
-    UserError: the kernel cannot run on this machine, or not with blocks of this size.
+    UserError: the kernel is for blocks of another size, or a FAM of more than one vector.
   """
-  if config.attention_kernel == "pallas":
+  kernel = config.attention_kernel
+  if kernel == "interpret" or kernel == "pallas" and axes.platform() == "tpu":
     return _by_kernel(queries, past, own, fam, layout, config)
   key_sets = token_key_sets(past, own, layout, config.memory)
   if fam is not None:
@@ -205,13 +206,15 @@ def attend(
 
 
 def _by_kernel(queries, past, own, fam, layout, config):
-  memory, platform = config.memory, axes.platform()
-  if platform not in ("cpu", "tpu"):
-    raise UserError(f"attention_kernel 'pallas' is for TPUs, not for a {platform}: choose 'none'")
-  if platform == "tpu" and memory.block_size % 128:
+  memory, interpret = config.memory, config.attention_kernel == "interpret"
+  if not interpret and memory.block_size % 128:
     raise UserError(
         f"attention_kernel 'pallas' on a TPU needs a block_size that 128 divides, not"
         f" {memory.block_size}: choose another, or 'none'"
+    )
+  if not interpret and memory.length == 1:
+    raise UserError(  # its compiler fails at products of one bfloat16 vector
+        "attention_kernel 'pallas' on a TPU needs a fam_length of at least 2: choose one, or 'none'"
     )
   B, T, H, N, d = queries.shape
   K = config.kv_heads
@@ -230,7 +233,7 @@ def _by_kernel(queries, past, own, fam, layout, config):
     return block_attention.attend(
         queries, keys, values, fam_keys, fam_values, before,
         segments=memory.memory_segments, window=memory.window, cap=config.attention_cap,
-        stop_gradient=memory.stop_gradient, interpret=platform == "cpu",
+        stop_gradient=memory.stop_gradient, interpret=interpret,
     )  # fmt: skip
 
   out = axes.on_parts(kernel, *zip(*arrays))

@@ -28,7 +28,7 @@ HOW_IT_RUNS = ("remat", "feedback_unroll", "attention_kernel")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 # What makes the attention of whole blocks. See `blocks.attend`.
-ATTENTION_KERNELS = ("none", "pallas")
+ATTENTION_KERNELS = ("none", "pallas", "interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,8 @@ class ModelConfig:
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
     attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "none", plain JAX;
-      "pallas", `famjax.kernels.block_attention`, on a TPU, or interpreted on a CPU, for tests.
+      "pallas", on a TPU `famjax.kernels.block_attention`, elsewhere plain JAX; "interpret", that kernel
+      interpreted, on any machine and slowly, for tests.
     memory: which past a block can see.
   """
 

@@ -12,12 +12,15 @@ import pytest
 
 from famjax.errors import UserError
 from famjax.kernels import block_attention
-from famjax.model import blocks
+from famjax.model import axes, blocks
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.parallel import hlo, topology
+from famjax.parallel.mesh import MeshConfig, make_mesh
+from famjax.parallel.placement import AxisRules, Placement
+from famjax.training.flops import products
 
 
 def problem(config, B, T, start, seed=0, dtype=jnp.float32):
@@ -47,7 +50,7 @@ def both(config, arrays, layout):
     gradients = jax.grad(lambda arrays: (out(arrays) * towards).sum())(arrays)
     return out(arrays), jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
 
-  return jax.jit(lambda: (of("none"), of("pallas")))()
+  return jax.jit(lambda: (of("none"), of("interpret")))()
 
 
 def agree(plain, kernel, forward, backward):
@@ -126,7 +129,7 @@ def test_a_model_is_the_same():
     logits, state = model(tokens[:, 21:], state)
     return gradients, logits, state
 
-  plain, kernel = jax.jit(lambda: (of("none"), of("pallas")))()
+  plain, kernel = jax.jit(lambda: (of("none"), of("interpret")))()
   same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   jax.tree.map(same, kernel, plain)
 
@@ -137,28 +140,64 @@ def test_what_it_is_not_for_is_refused():
     dataclasses.replace(MODEL, memory=memory, attention_kernel="pallas").validate()
   with pytest.raises(UserError, match="attention_kernel 'fast' is unknown; choose one of none, pallas"):
     dataclasses.replace(MODEL, attention_kernel="fast").validate()
+  mesh = make_mesh(MeshConfig(data=1), topology.devices_of("v5e:2x2")[:1])
+  arrays, layout = problem(MODEL, 1, 2, None)
+  with axes.placed_by(Placement(mesh, AxisRules())):
+    with pytest.raises(UserError, match="needs a block_size that 128 divides, not 8: choose"):
+      blocks.attend(*arrays, layout, dataclasses.replace(MODEL, attention_kernel="pallas"))
+    memory = MemoryConfig(block_size=128, memory_segments=1, fam_length=1)
+    config = dataclasses.replace(MODEL, memory=memory, attention_kernel="pallas")
+    arrays, layout = problem(config, 1, 1, None)
+    with pytest.raises(UserError, match="needs a fam_length of at least 2: choose one, or 'none'"):
+      blocks.attend(*arrays, layout, config)
+
+
+def test_elsewhere_than_on_a_tpu_it_is_plain_jax():
+  """A checkpoint of a run on a TPU is read anywhere."""
+  arrays, layout = problem(MODEL, 1, 2, None)
+  of = lambda kernel: str(jax.make_jaxpr(
+      lambda arrays: blocks.attend(
+          *arrays, layout, dataclasses.replace(MODEL, attention_kernel=kernel)
+      )
+  )(arrays))  # fmt: skip
+  assert of("pallas") == of("none") and "pallas_call" in of("interpret")
 
 
 @pytest.mark.slow
-def test_for_a_tpu_it_keeps_no_scores():
+@pytest.mark.parametrize("width, F, N, cap", [(128, 64, 512, None), (256, 3, 384, 50.0)])
+def test_for_a_tpu_it_keeps_no_scores(width, F, N, cap):
   """Forward and backward compile for a chip; temporaries are none beside those of scores."""
   device = SingleDeviceSharding(topology.devices_of("v5e:2x2")[0])
-  config = ModelConfig(
-      num_heads=4, num_kv_heads=2, head_dim=128, compute_dtype="bfloat16",
-      memory=MemoryConfig(block_size=512, memory_segments=2, fam_length=64),
-  )  # fmt: skip
-  arrays, _ = jax.eval_shape(lambda: problem(config, 1, 4, None, dtype=jnp.bfloat16))
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-  queries, past, own, fam = jax.tree.map(shape, arrays)
-  before = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=device)
-  split = jax.tree.map(shape, jax.ShapeDtypeStruct((1, 4, 2, 2, 512, 128), jnp.bfloat16))
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=device)
+  B, T, K, G, P = 1, 4, 2, 2, 3
+  keys, fam = shape(B, P + T, K, N, width), shape(B, T, K, F, width)
+  before = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=device)
 
-  def loss(queries, keys, values, fam, before):
-    out = block_attention.attend(queries, keys, values, *fam[:2], before, segments=2)
+  def loss(*arrays):
+    out = block_attention.attend(*arrays, segments=2, cap=cap)
     return out.astype(jnp.float32).sum()
 
-  arguments = split, own.keys, own.values, fam, before
-  program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
-  one_set_of_scores = 4 * 4 * 512 * 512 * 4
+  arguments = shape(B, T, K, G, N, width), keys, keys, fam, fam, before
+  program = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4))).lower(*arguments).compile()
+  one_set_of_scores = T * K * G * N * N * 4
   assert hlo.memory_of(program)["temp"] < one_set_of_scores / 2
   assert program.as_text().count("tpu_custom_call") >= 3
+
+
+def test_it_says_what_it_does():
+  """FLOPs of tiles that meet, in blocks that are there."""
+  N, T, F, d = 256, 3, 8, 4
+
+  def flops(**options):
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    keys, fam = shape(1, T, 1, N, d), shape(1, T, 1, F, d)
+    before = jax.ShapeDtypeStruct((1,), jnp.int32)
+    attend = lambda *arrays: block_attention.attend(*arrays, interpret=True, **options)
+    traced = jax.jit(attend).trace(shape(1, T, 1, 2, N, d), keys, keys, fam, fam, before)
+    return products(traced.jaxpr.jaxpr)
+
+  whole = lambda own, before: 2 * 2 * d * 2 * (T * N * F + (own * T + before) * N * N)
+  assert flops(segments=0) == whole(1, 0)
+  assert flops(segments=1) == whole(1, 2)  # the first block has none before it
+  assert flops(segments=9) == whole(1, 3)
+  assert flops(segments=9, window=2) == whole(1, 2)

@@ -55,7 +55,7 @@ def losses(setting: str, mesh: str, run_dir: str, steps: int = STEPS) -> list[fl
   Where it looks at its FAM, two measures of it stand at the end.
   """
   model, optimizer, options, _ = SETTINGS[setting]
-  model = dataclasses.replace(model, attention_kernel="pallas" if mesh == "kernel" else "none")
+  model = dataclasses.replace(model, attention_kernel="interpret" if mesh == "kernel" else "none")
   mesh = MESHES[mesh]
   config = dataclasses.replace(toy.TRAIN, train_steps=steps, log_every=1, **options)
   devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]

@@ -90,22 +90,3 @@ def test_products_of_a_program_count_loops_and_what_is_made_again():
   assert products(traced(jax.grad(layers), x, True)) == 15 * product
   branches = lambda x, on: jax.lax.cond(x[0, 0] > 0, lambda x: x @ weight, lambda x: x, x)
   assert products(traced(branches, x, None)) == product
-
-
-def test_products_of_a_kernel_are_what_it_says_itself():
-  """Half of its own block and all of what is before: less than key sets make, which hide the rest."""
-  N, F, T = 32, 4, 3
-  memory = MemoryConfig(block_size=N, memory_segments=0, fam_length=F)
-  config = ModelConfig(
-      vocab_size=16, num_layers=5, model_dim=16, num_heads=2, ff_dim=16, memory=memory
-  )
-  tokens = jax.ShapeDtypeStruct((2, T * N), jnp.int32)
-
-  def of(kernel):
-    here = dataclasses.replace(config, attention_kernel=kernel)
-    graphdef, params = split(nnx.eval_shape(lambda: Decoder(here, rngs=nnx.Rngs(0))))
-    hidden = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t)[0])
-    return products(hidden.trace(params, tokens).jaxpr.jaxpr)
-
-  hidden = 4 * (2 * T * N) * N / 2 * config.num_heads * config.head_width * config.num_layers
-  assert of("none") - of("pallas") == hidden
