@@ -5,8 +5,7 @@ fails here; one that costs less, or means to cost more, writes the numbers anew:
 
     PYTHONPATH=. python tests/test_performance.py
 
-The kernel's share of FLOPs and bytes is what it says itself, and it has no cycles. Numbers of
-compilations are changed by hand.
+Numbers of compilations are changed by hand.
 """
 
 import collections
@@ -42,10 +41,8 @@ MODEL = ModelConfig(
     memory=MemoryConfig("fam", block_size=128, memory_segments=2, fam_length=16),
 )  # fmt: skip
 BSWA = dataclasses.replace(MODEL, memory=dataclasses.replace(MODEL.memory, kind="bswa"))
-KERNEL = dataclasses.replace(MODEL, attention_kernel="pallas")
 STEPS = {
-    "train, FAM": (MODEL, "train"), "train, BSWA": (BSWA, "train"),
-    "train, FAM, kernel": (KERNEL, "train"), "decode, FAM": (MODEL, "decode"),
+    "train, FAM": (MODEL, "train"), "train, BSWA": (BSWA, "train"), "decode, FAM": (MODEL, "decode"),
 }  # fmt: skip
 
 
