@@ -5,15 +5,13 @@
 
 A layer's attention over one row of 8 blocks of 1,024, M 3, F 64, with the heads of the paper's three
 sizes, bfloat16: forward, forward after a past, as in reading on, and with gradients; and that of a
-decoding step of 16 rows, which plain JAX makes. It needs the extra `tpu` (WORKSPACE.md, "Setting up"), and no TPU. Nothing is measured.
-Writes `report.json` and `table.md` to runs/kernels.
+decoding step of 16 rows, which plain JAX makes. It needs the extra `tpu` (WORKSPACE.md, "Setting
+up"), and no TPU. Nothing is measured. Writes `report.json` and `table.md` to runs/kernels.
 """
 
 import argparse
 import dataclasses
-import math
 import pathlib
-import re
 import time
 
 import jax
@@ -93,7 +91,7 @@ def compiled(config: ModelConfig, chip: str, P: int, gradients: bool) -> dict[st
   plain = config.attention_kernel == "none"
   return {
       "temp_bytes": hlo.memory_of(program)["temp"],
-      "bytes_accessed": moved(program.as_text()) if plain else cost["bytes accessed"],
+      "bytes_accessed": hlo.moved_bytes(program.as_text()) if plain else cost["bytes accessed"],
       "flops": cost["flops"],
       "seconds_to_compile": round(time.perf_counter() - began, 1),
   }
@@ -118,39 +116,10 @@ def decoded(config: ModelConfig, chip: str) -> dict[str, float]:
   program = lowered.compile()
   return {
       "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sets)),
-      "bytes_accessed": moved(program.as_text()),
+      "bytes_accessed": hlo.moved_bytes(program.as_text()),
       "temp_bytes": hlo.memory_of(program)["temp"],
       "estimated_cycles": hlo.estimated_cycles(program.as_text()),
   }
-
-
-def moved(text: str) -> int:
-  """Bytes that a program without loops takes from a chip's main memory, and brings there.
-
-  The compiler's own count takes what is fetched ahead into fast memory, `S(1)`, three times.
-  """
-  entry = text[text.index("\nENTRY") :]
-  sizes, total = {}, 0
-  for name, shapes, kind, rest in _INSTRUCTION.findall(entry):
-    parts = [
-        (math.prod(map(int, filter(None, axes.split(",")))) * _BYTES[dtype], "S(1)" in layout)
-        for dtype, axes, layout in _SHAPE.findall(shapes)
-    ]
-    sizes[name] = sum(size for size, fast in parts if not fast)
-    if kind in ("copy-start", "slice-start"):  # the source is among what it gives, and a flag
-      total += min(size for size, _ in parts if size > 4)
-    elif kind not in _MOVES_NOTHING:
-      operands = re.findall(r"%[\w.\-]+", rest.partition("), ")[0])
-      total += sizes[name] + sum(sizes.get(one, 0) for one in operands)
-  return total
-
-
-_MOVES_NOTHING = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done"
-)  # fmt: skip
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", re.M)
-_SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 def _on(chip: str):

@@ -145,7 +145,7 @@ def _study(out: pathlib.Path, name: str, arguments) -> None:
     bindings += ["TRAIN_STEPS=2", "SEEDS=(0,)", "BATCH_SIZE=2"]
     bindings += ["ModelConfig.num_layers=1", "ModelConfig.model_dim=16", "ModelConfig.ff_dim=16"]
     bindings += {
-        "keys": ["EVAL_BLOCKS=(8,)", "PassKeyEval.examples=2"],
+        "keys": ["EVAL_BLOCKS=(5, 8)", "PassKeyEval.examples=2"],
         "texts": ["EDGES=(0, 256, 512)", "DocumentEval.documents=1"],
     }[base]
   command = [sys.executable, "-m", "famjax.cli", "study", f"--gin_file=gin/paper/{name}.gin"]

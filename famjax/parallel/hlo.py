@@ -23,6 +23,11 @@ _CALLED = re.compile(
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_LAID_OUT = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_MOVES_NOTHING = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done",
+)  # fmt: skip
 
 
 def memory_of(program: Any) -> dict[str, int]:
@@ -108,6 +113,33 @@ def estimated_cycles(text: str) -> int | None:
   ) or None
 
 
+def moved_bytes(text: str) -> int:
+  """Bytes that a TPU program without loops takes from a chip's main memory, and brings there.
+
+  The compiler's own count takes what is fetched ahead into fast memory, `S(1)`, three times.
+
+  Args:
+    text: as above.
+  """
+  bodies, entry = _computations(text)
+  sizes, total = {}, 0
+  for name, shapes, kind, rest in filter(None, map(_parts, bodies[entry])):
+    laid_out = [(_size(dtype, dims), "S(1)" in at) for dtype, dims, at in _LAID_OUT.findall(shapes)]
+    sizes[name] = sum(size for size, fast in laid_out if not fast)
+    if kind in ("copy-start", "slice-start"):  # the source is among what it gives, and a flag
+      total += min(size for size, _ in laid_out if size > 4)
+    elif kind not in _MOVES_NOTHING:
+      operands = re.findall(r"%[\w.\-]+", rest.partition("), ")[0])
+      total += sizes[name] + sum(sizes.get(one, 0) for one in operands)
+  return total
+
+
+def _parts(line: str) -> tuple[str, ...] | None:
+  """Name, shapes of the result, kind and the rest of an instruction."""
+  match = _INSTRUCTION.match(line)
+  return match and match.groups()
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   """The lines of each computation by name, and the name of the one that the program begins with."""
   bodies, entry, lines = {}, None, []
@@ -153,8 +185,13 @@ def _bytes(shapes: str, started: str | None) -> int:
     started: the kind of collective that is started; None: the result is all.
   """
   sizes = [
-      math.prod(map(int, filter(None, dims.split(",")))) * _BYTES[dtype]
+      _size(dtype, dims)
       for dtype, dims in _SHAPE.findall(shapes)
       if dtype in _BYTES and (dims or not started)
   ]
   return sum(sizes[len(sizes) // 2 :] if started not in (None, "all-reduce") else sizes)
+
+
+def _size(dtype: str, dims: str) -> int:
+  """Bytes of an array, of its dtype and its sizes, "2,3"."""
+  return math.prod(map(int, filter(None, dims.split(",")))) * _BYTES[dtype]

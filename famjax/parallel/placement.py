@@ -141,7 +141,7 @@ class Placement:
       self, function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Axes]
   ) -> jax.Array:
     """See `famjax.model.axes`."""
-    specs = tuple(self.spec(names, x.shape, "of a kernel") for x, names in zip(arrays, axes))
+    specs = tuple(self.spec(names, x.shape, "an array of a kernel") for x, names in zip(arrays, axes))
     split = jax.shard_map(
         function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
     )

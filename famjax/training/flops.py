@@ -133,10 +133,11 @@ def products(jaxpr: core.Jaxpr) -> float:
       total += cost.flops if cost else 0.0
       continue
     inner = [products(part) for part in core.jaxprs_in_params(eqn.params)]
-    # What stands in a scan happens so often, and in a shard_map on so many devices.
-    turns = {"scan": lambda p: p["length"], "shard_map": lambda p: p["mesh"].size}.get(
-        eqn.primitive.name, lambda p: 1
-    )(eqn.params)
+    turns = 1
+    if eqn.primitive.name == "scan":
+      turns = eqn.params["length"]
+    elif eqn.primitive.name == "shard_map":  # what it does on each device
+      turns = eqn.params["mesh"].size
     total += turns * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
   return total
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from famjax.model import axes
+from famjax.model import attention, axes
+from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.state import empty_state, settle, stack, unstack, with_recent
 from famjax.parallel import hlo, topology
@@ -126,3 +127,17 @@ def test_a_step_on_a_tpu_goes_through_the_ring_without_a_copy(kv_heads):
   with axes.placed_by(placement):
     program = one.lower(*on((params, tokens, state))).compile()
   assert hlo.memory_of(program)["temp"] < state.keys.size * 2 / 10
+
+
+def test_a_second_query_of_zeros_changes_nothing(monkeypatch):
+  """What a TPU is given for one query a head: masks, caps and sets as they are."""
+  draw = lambda key, *shape: jax.random.normal(jax.random.key(key), shape)
+  mask = jnp.array([[True, False, True], [True, True, False]])[:, None, None, None, None]
+  sets = [
+      KeySet(draw(0, 2, 1, 4, 3, 8), draw(1, 2, 1, 4, 3, 8), mask),
+      KeySet(draw(2, 2, 1, 4, 5, 8), draw(3, 2, 1, 4, 5, 8)),
+  ]
+  queries = draw(4, 2, 1, 4, 1, 8)
+  plain = attention.attend(queries, sets, 2.0)
+  monkeypatch.setattr(axes, "platform", lambda: "tpu")
+  np.testing.assert_allclose(attention.attend(queries, sets, 2.0), plain, rtol=1e-6, atol=1e-6)

@@ -40,7 +40,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
             memory=dataclasses.replace(MODEL.memory, kind="infini", memory_segments=1),
             feedback_unroll=2,
         ),
-        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed"),
+        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed", "moved"),
     ),
 }  # fmt: skip
 MESHES = {

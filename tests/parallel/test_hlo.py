@@ -85,3 +85,19 @@ def test_a_program_of_one_device_has_none():
       jax.numpy.ones((4, 4))
   ).compile().as_text()  # fmt: skip
   assert hlo.collectives(text) == []
+
+
+def test_bytes_through_main_memory_leave_out_what_stays_in_fast_memory():
+  """A fetch ahead counts once; what reads its result from there, only what it brings elsewhere."""
+  text = """HloModule one
+
+ENTRY %main (x: bf16[8,128], y: f32[4]) -> f32[4] {
+  %x = bf16[8,128]{1,0:T(8,128)} parameter(0)
+  %y = f32[4]{0:T(128)} parameter(1)
+  %copy-start = (bf16[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done = bf16[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %fusion = f32[4]{0:T(128)S(1)} fusion(%copy-done, %y), kind=kLoop, calls=%other
+  ROOT %copy = f32[4]{0:T(128)} copy(%fusion), metadata={op_name="%x"}
+}
+"""
+  assert hlo.moved_bytes(text) == 8 * 128 * 2 + 4 * 4 + 4 * 4
