@@ -13,43 +13,17 @@ for the queries and the FAM, one for the tokens' keys and values.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from famjax.kernels import tiles
+
 _MASKED = -1e30  # finite: a row whose first tile hides everything is cleared by the next
-_TILE = 512  # tokens; of queries and of keys
 _ROWS = ((1,), (1,)), ((), ())  # a product over the last axis of both
 _COLUMNS = ((0,), (0,)), ((), ())  # over the first axis of both
-
-
-class _Shape(NamedTuple):
-  """What the kernels know when they are made; see `attend` for the letters."""
-
-  T: int
-  P: int
-  G: int
-  N: int
-  F: int
-  segments: int  # that are seen at all
-  tile: int
-  window: int | None
-  cap: float | None
-  stop_gradient: bool
-  interpret: bool
-
-  @property
-  def tiles(self) -> int:
-    """Of a block."""
-    return self.N // self.tile
-
-  @property
-  def query_tiles(self) -> int:
-    """Of a block's queries, those of the G heads that share keys one after another."""
-    return self.G * self.tiles
 
 
 @functools.partial(
@@ -91,18 +65,13 @@ def attend(
   if window is not None:
     segments = min(segments, (window + N - 2) // N)
   segments = min(segments, keys.shape[1] - 1)  # more there are not
-  shape = _Shape(
+  shape = tiles.Shape(
       T, keys.shape[1] - T, G, N, 0 if fam_keys is None else fam_keys.shape[3], segments,
-      _tile_of(N), window, cap, stop_gradient, interpret,
+      tiles.tile_of(N), window, cap, stop_gradient, interpret,
   )  # fmt: skip
   fam = (fam_keys, fam_values) if shape.F else ()
   out = _attend(shape, before, queries.reshape(B, T, K, G * N, d), keys, values, fam)
   return out.reshape(queries.shape)
-
-
-def _tile_of(N: int) -> int:
-  """The largest tile of at most `_TILE` tokens that divides a block and suits a TPU's lanes."""
-  return next((tile for tile in (_TILE, 384, 256, 128) if N % tile == 0), N)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,103 +97,6 @@ def _attend_backward(shape, kept, given):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# Where things stand: all of these take numbers, or arrays of them, and say nothing of their values.
-
-
-def _past_of_query(shape: _Shape, t, i, j, before):
-  """What tile `j` of the keys is to tile `i` of the queries of block `t`.
-
-  Returns:
-    its distance in blocks, the numbers of both in their blocks, and whether any keys are seen.
-  """
-  blocks, own = _parts(j, shape.tiles)
-  distance, query = shape.segments - blocks, _parts(i, shape.tiles)[1]
-  return distance, query, own, (t - distance >= -before) & _meets(shape, distance, query, own)
-
-
-def _parts(x, size):
-  """How often `size` fits into `x` >= 0, and what is left; `//` and `%` ask for signs as well."""
-  size = jnp.int32(size)
-  return jax.lax.div(x, size), jax.lax.rem(x, size)
-
-
-def _meets(shape: _Shape, distance, query, key):
-  """Whether some query of a tile sees some key of a tile `distance` blocks back."""
-  apart = distance * shape.N + (query - key) * shape.tile  # tokens between their first ones
-  meets = apart + shape.tile > 0
-  if shape.window is not None:
-    meets &= apart - shape.tile + 1 < shape.window
-  return meets
-
-
-def _hides(shape: _Shape, distance, query, key):
-  """Whether some query of a tile does not see some key of a tile that it meets."""
-  apart = distance * shape.N + (query - key) * shape.tile
-  hides = apart - shape.tile + 1 < 0
-  if shape.window is not None:
-    hides |= apart + shape.tile > shape.window
-  return hides
-
-
-def _seen(shape: _Shape, distance, query, key, keys_down: bool):
-  """bool `[tile, tile]`: which keys are seen; queries across if keys go down, else the other way."""
-  place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (shape.tile, shape.tile), axis)
-  apart = distance * shape.N + (query - key) * shape.tile
-  apart += place(1) - place(0) if keys_down else place(0) - place(1)
-  seen = apart >= 0
-  return seen if shape.window is None else seen & (apart < shape.window)
-
-
-# Maps from the place in a grid to the number of a tile. A tile that is not seen is not fetched: its
-# number is that of one that is there already, or is fetched next.
-
-
-def _query_maps(shape: _Shape):
-  """For a grid `[B, T, K, query tile, key tile]`."""
-
-  def query(b, t, k, i, j, before):
-    return b, t, k, i, 0
-
-  def lane(b, t, k, i, j, before):
-    return b, t, k, 0, i
-
-  def key(b, t, k, i, j, before):
-    distance, query, own, _ = _past_of_query(shape, t, i, j, before[b])
-    exists = t - distance >= -before[b]
-    own = jnp.where(distance == 0, jnp.minimum(own, query), own)
-    block = jnp.maximum(shape.P + t - distance, shape.P - before[b])
-    return b, block, k, jnp.where(exists, own, 0), 0
-
-  def fam(b, t, k, i, j, before):
-    return b, t, k, 0, 0
-
-  return query, lane, key, fam
-
-
-def _key_maps(shape: _Shape):
-  """For a grid `[B, block of keys, K, key tile, distance and query tile]`."""
-
-  def query_tile(c, j, u):
-    distance, i = _parts(u, shape.query_tiles)
-    head, own = _parts(i, shape.tiles)
-    t = jnp.clip(c - shape.P + distance, 0, shape.T - 1)
-    own = jnp.where(distance == 0, jnp.maximum(own, j), own)
-    return t, head * shape.tiles + own
-
-  def query(b, c, k, j, u, before):
-    t, i = query_tile(c, j, u)
-    return b, t, k, i, 0
-
-  def lane(b, c, k, j, u, before):
-    t, i = query_tile(c, j, u)
-    return b, t, k, 0, i
-
-  def key(b, c, k, j, u, before):
-    return b, c, k, j, 0
-
-  return query, lane, key
-
-
 def _spec(rows: int, columns: int, index_map) -> pl.BlockSpec:
   """Tiles `[rows, columns]` of an array of five axes."""
   return pl.BlockSpec((None, None, None, rows, columns), index_map)
@@ -239,20 +111,10 @@ def _scores(a, b, cap):
   return cap * bent, bent
 
 
-def _pairs(shape: _Shape, B: int, K: int, distances: int, fam: int) -> int:
-  """Queries times keys of all tiles that meet, in rows whose past is whole, and of `fam` vectors."""
-  tiles = range(shape.tiles)
-  meet = 0
-  for distance in range(distances):
-    blocks = min(shape.T, max(shape.T + shape.P - distance, 0))  # with a block so far before
-    meet += blocks * sum(bool(_meets(shape, distance, i, j)) for i in tiles for j in tiles)
-  return B * K * shape.G * (meet * shape.tile**2 + shape.T * shape.N * fam)
-
-
 def _forward(shape, before, queries, keys, values, fam):
   """Results `[B, T, K, G * N, d]`, and the logarithm of each query's sum, `[B, T, K, 1, G * N]`."""
   B, T, K, n, d = queries.shape
-  query, lane, key, of_fam = _query_maps(shape)
+  query, lane, key, of_fam = tiles.query_maps(shape)
   rows, token = _spec(shape.tile, d, query), _spec(shape.tile, d, key)
   statistics = pltpu.VMEM((shape.tile, 1), jnp.float32)
   return _call(
@@ -265,7 +127,7 @@ def _forward(shape, before, queries, keys, values, fam):
           (_spec(1, shape.tile, lane), jax.ShapeDtypeStruct((B, T, K, 1, n), jnp.float32)),
       ],
       [statistics, statistics, pltpu.VMEM((shape.tile, d), jnp.float32)],
-      shape, products=2, sequential=1, pairs=_pairs(shape, B, K, shape.segments + 1, shape.F),
+      shape, products=2, sequential=1, pairs=tiles.pairs(shape, B, K, shape.segments + 1, shape.F),
   )  # fmt: skip
 
 
@@ -294,13 +156,13 @@ def _forward_kernel(shape, before, *refs):
     if fam:
       add(*fam)
 
-  distance, query, own, visible = _past_of_query(shape, t, i, j, before[b])
-  hides = _hides(shape, distance, query, own)
+  distance, query, own, visible = tiles.past_of_query(shape, t, i, j, before[b])
+  hides = tiles.hides(shape, distance, query, own)
   pl.when(visible & ~hides)(lambda: add(keys, values))
 
   @pl.when(visible & hides)
   def _():
-    add(keys, values, _seen(shape, distance, query, own, keys_down=False))
+    add(keys, values, tiles.seen(shape, distance, query, own, keys_down=False))
 
   @pl.when(j == pl.num_programs(4) - 1)
   def _():
@@ -323,7 +185,7 @@ def _weights(shape, queries, keys, values, given, lse, delta, seen=None):
 def _backward_queries(shape, before, queries, keys, values, fam, given, lse, delta):
   """Gradients of queries, and of the FAM's keys and values if there are any."""
   B, T, K, _, d = queries.shape
-  query, lane, key, of_fam = _query_maps(shape)
+  query, lane, key, of_fam = tiles.query_maps(shape)
   rows, token = _spec(shape.tile, d, query), _spec(shape.tile, d, key)
   row, vectors = _spec(1, shape.tile, lane), _spec(shape.F, d, of_fam)
   return _call(
@@ -339,7 +201,7 @@ def _backward_queries(shape, before, queries, keys, values, fam, given, lse, del
           pltpu.VMEM((shape.tile, d), jnp.float32),
           *[pltpu.VMEM((shape.F, d), jnp.float32) for _ in fam],
       ],
-      shape, products=3, sequential=2, pairs=_pairs(shape, B, K, shape.segments + 1, shape.F),
+      shape, products=3, sequential=2, pairs=tiles.pairs(shape, B, K, shape.segments + 1, shape.F),
   )  # fmt: skip
 
 
@@ -377,8 +239,8 @@ def _backward_queries_kernel(shape, num_fam, before, *refs):
           weight.astype(given.dtype), given[...], preferred_element_type=jnp.float32
       )
 
-  distance, query, own, visible = _past_of_query(shape, t, i, j, before[b])
-  hides = _hides(shape, distance, query, own)
+  distance, query, own, visible = tiles.past_of_query(shape, t, i, j, before[b])
+  hides = tiles.hides(shape, distance, query, own)
 
   @pl.when(visible & ~hides)
   def _():
@@ -386,7 +248,7 @@ def _backward_queries_kernel(shape, num_fam, before, *refs):
 
   @pl.when(visible & hides)
   def _():
-    add(keys, values, _seen(shape, distance, query, own, keys_down=True))
+    add(keys, values, tiles.seen(shape, distance, query, own, keys_down=True))
 
   last = j == pl.num_programs(4) - 1
 
@@ -405,7 +267,7 @@ def _backward_queries_kernel(shape, num_fam, before, *refs):
 def _backward_keys(shape, before, queries, keys, values, given, lse, delta):
   """Gradients of the tokens' keys and values."""
   B, C, K, _, d = keys.shape
-  query, lane, key = _key_maps(shape)
+  query, lane, key = tiles.key_maps(shape)
   rows, row = _spec(shape.tile, d, query), _spec(1, shape.tile, lane)
   token = _spec(shape.tile, d, key)
   distances = 1 if shape.stop_gradient else shape.segments + 1
@@ -416,15 +278,15 @@ def _backward_keys(shape, before, queries, keys, values, given, lse, delta):
       [rows, token, token, rows, row, row],
       [(token, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (keys, values)],
       [pltpu.VMEM((shape.tile, d), jnp.float32)] * 2,
-      shape, products=4, sequential=1, pairs=_pairs(shape, B, K, distances, 0),
+      shape, products=4, sequential=1, pairs=tiles.pairs(shape, B, K, distances, 0),
   )  # fmt: skip
 
 
 def _backward_keys_kernel(shape, before, *refs):
   queries, keys, values, given, lse, delta, of_keys, of_values, key_acc, value_acc = refs
   b, c, own, u = pl.program_id(0), pl.program_id(1), pl.program_id(3), pl.program_id(4)
-  distance, i = _parts(u, shape.query_tiles)
-  query = _parts(i, shape.tiles)[1]
+  distance, i = tiles.parts(u, shape.query_tiles)
+  query = tiles.parts(i, shape.tiles)[1]
   t = c - shape.P + distance
 
   def add(seen=None):
@@ -443,13 +305,14 @@ def _backward_keys_kernel(shape, before, *refs):
     key_acc[...] = jnp.zeros_like(key_acc)
     value_acc[...] = jnp.zeros_like(value_acc)
 
-  visible = (t >= 0) & (t < shape.T) & (c - shape.P >= -before[b]) & _meets(shape, distance, query, own)
-  hides = _hides(shape, distance, query, own)
+  exists = (t >= 0) & (t < shape.T) & (c - shape.P >= -before[b])
+  visible = exists & tiles.meets(shape, distance, query, own)
+  hides = tiles.hides(shape, distance, query, own)
   pl.when(visible & ~hides)(add)
 
   @pl.when(visible & hides)
   def _():
-    add(_seen(shape, distance, query, own, keys_down=True))
+    add(tiles.seen(shape, distance, query, own, keys_down=True))
 
   @pl.when(u == pl.num_programs(4) - 1)
   def _():
@@ -457,7 +320,9 @@ def _backward_keys_kernel(shape, before, *refs):
     of_values[...] = value_acc[...].astype(of_values.dtype)
 
 
-def _call(kernel, grid, arguments, in_specs, outputs, scratch, shape, *, products, sequential, pairs):
+def _call(
+    kernel, grid, arguments, in_specs, outputs, scratch, shape, *, products, sequential, pairs
+):
   """One kernel; `products` of matrices for each of `pairs`, the last `sequential` axes in turn."""
   queries = arguments[1]
   arrays = [*arguments, *(out for _, out in outputs)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from famjax.errors import UserError
-from famjax.kernels import block_attention
+from famjax.kernels import block_attention, tiles
 from famjax.model import axes, blocks
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -89,7 +89,7 @@ def test_equals_plain_attention(config, T, begun, seed):
 @pytest.mark.parametrize("tile", [128, 384])
 def test_several_tiles_of_a_block(monkeypatch, tile):
   """Tiles before, on and behind the diagonal, of blocks of two tiles or of three."""
-  monkeypatch.setattr(block_attention, "_TILE", tile)
+  monkeypatch.setattr(tiles, "TILE", tile)
   memory = MemoryConfig(block_size=768 if tile == 384 else 384, memory_segments=1, fam_length=2)
   memory = dataclasses.replace(memory, window=memory.block_size + 200)
   config = ModelConfig(num_heads=2, num_kv_heads=1, head_dim=4, memory=memory)
