@@ -395,7 +395,7 @@ def assemble(
   params, config = lora.merge(loaded.params, loaded.model)
   if memory is not None:
     # What made the attention of the other memory may not be for this one.
-    config = dataclasses.replace(config, memory=memory, attention_kernel="none")
+    config = dataclasses.replace(config, memory=memory, attention_kernel="auto")
   graphdef, fresh = abstract(config)
   if fam_prompt is not None:
     params = params | {"fam_prompt": jnp.asarray(fam_prompt)}

@@ -10,12 +10,14 @@ is slot `position % N` of block `position // N`. A call lays its tokens out on a
            nothing else, `[B, 1, n]` with n = S; other keys are in the ring or beside it (within.py).
 """
 
+import functools
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from famjax.errors import UserError
-from famjax.kernels import block_attention
+from famjax.kernels import block_attention, block_attention_gpu
 from famjax.model import attention, axes
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -196,26 +198,42 @@ def attend(
   Raises:
     UserError: the kernel is for blocks of another size, or a FAM of more than one vector.
   """
-  kernel = config.attention_kernel
-  if kernel == "interpret" or kernel == "pallas" and axes.platform() == "tpu":
-    return _by_kernel(queries, past, own, fam, layout, config)
+  kernel = _kernel_of(config)
+  if kernel is not None:
+    return _by_kernel(kernel, queries, past, own, fam, layout, config)
   key_sets = token_key_sets(past, own, layout, config.memory)
   if fam is not None:
     key_sets.insert(-1, fam)
   return attention.attend(queries, key_sets, config.attention_cap)
 
 
-def _by_kernel(queries, past, own, fam, layout, config):
-  memory, interpret = config.memory, config.attention_kernel == "interpret"
-  if not interpret and memory.block_size % 128:
+def _kernel_of(config: ModelConfig):
+  """What does it here, `attend` of one of `famjax.kernels`; None: plain JAX."""
+  how, N = config.attention_kernel, config.memory.block_size
+  if how in ("none", "interpret", "interpret_gpu"):
+    kernels = {"interpret": block_attention, "interpret_gpu": block_attention_gpu}
+    return functools.partial(kernels[how].attend, interpret=True) if how in kernels else None
+  platform = axes.platform()
+  if platform == "gpu" and how == "auto":  # what it is slower for stays plain
+    suits = config.compute_dtype == "bfloat16" and block_attention_gpu.suits(N)
+    return block_attention_gpu.attend if suits else None
+  if platform not in ("gpu", "tpu") or how == "auto":
+    return None
+  divisor = 128 if platform == "tpu" else block_attention_gpu.SMALLEST
+  if N % divisor:
     raise UserError(
-        f"attention_kernel 'pallas' on a TPU needs a block_size that 128 divides, not"
-        f" {memory.block_size}: choose another, or 'none'"
+        f"attention_kernel 'pallas' on a {platform.upper()} needs a block_size that {divisor} divides,"
+        f" not {N}: choose another, or 'none'"
     )
-  if not interpret and memory.length == 1:
+  if platform == "tpu" and config.memory.length == 1:
     raise UserError(  # its compiler fails at products of one bfloat16 vector
         "attention_kernel 'pallas' on a TPU needs a fam_length of at least 2: choose one, or 'none'"
     )
+  return (block_attention if platform == "tpu" else block_attention_gpu).attend
+
+
+def _by_kernel(attend_by, queries, past, own, fam, layout, config):
+  memory = config.memory
   B, T, H, N, d = queries.shape
   K = config.kv_heads
   heads = ("batch", None, "kv_heads", None, None)
@@ -230,10 +248,10 @@ def _by_kernel(queries, past, own, fam, layout, config):
   ]
 
   def kernel(queries, keys, values, before, fam_keys=None, fam_values=None):
-    return block_attention.attend(
+    return attend_by(
         queries, keys, values, fam_keys, fam_values, before,
         segments=memory.memory_segments, window=memory.window, cap=config.attention_cap,
-        stop_gradient=memory.stop_gradient, interpret=interpret,
+        stop_gradient=memory.stop_gradient,
     )  # fmt: skip
 
   out = axes.on_parts(kernel, *zip(*arrays))

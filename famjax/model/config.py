@@ -28,7 +28,7 @@ HOW_IT_RUNS = ("remat", "feedback_unroll", "attention_kernel")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 # What makes the attention of whole blocks. See `blocks.attend`.
-ATTENTION_KERNELS = ("none", "pallas", "interpret")
+ATTENTION_KERNELS = ("auto", "none", "pallas", "interpret", "interpret_gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +173,10 @@ class ModelConfig:
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
-    attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "none", plain JAX;
-      "pallas", on a TPU `famjax.kernels.block_attention`, elsewhere plain JAX; "interpret", that kernel
-      interpreted, on any machine and slowly, for tests.
+    attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "auto", the GPU's
+      kernel on a GPU in bfloat16, else plain JAX; "none", plain JAX; "pallas", the kernel of a TPU
+      (`famjax.kernels.block_attention`) or a GPU (`block_attention_gpu`), elsewhere plain JAX;
+      "interpret" and "interpret_gpu", these two interpreted, on any machine and slowly, for tests.
     memory: which past a block can see.
   """
 
@@ -210,7 +211,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
   feedback_unroll: int = 1
-  attention_kernel: str = "none"
+  attention_kernel: str = "auto"
   memory: MemoryConfig = MemoryConfig()
 
   def __post_init__(self):
@@ -335,9 +336,9 @@ class ModelConfig:
     _at_least("feedback_unroll", self.feedback_unroll, 1)
     _one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
     self.memory.validate()
-    if self.attention_kernel != "none" and self.memory.kind not in BUILT_IN:
+    if self.attention_kernel not in ("auto", "none") and self.memory.kind not in BUILT_IN:
       raise UserError(
-          f"memory kind {self.memory.kind!r} has no kernel: attention_kernel must be 'none'"
+          f"memory kind {self.memory.kind!r} has no kernel: attention_kernel must be 'auto'"
       )
 
   def _validate_kinds(self):

@@ -14,7 +14,7 @@ import numpy as np
 from famjax.model import axes, blocks, memory, recurrent, rope, strategy, within
 from famjax.model.attention import KeySet
 from famjax.model.config import ModelConfig
-from famjax.model.layers import Layer, Norm, Projection
+from famjax.model.layers import Layer, Norm, Projection, float32_product
 from famjax.model.state import LayerMemory, Recent, State, empty_state
 from famjax.model.state import layer_memories, settle, unstack
 
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
       kernel, equation = self.embedder.embedding[...], "...D,VD->...V"
     else:
       kernel, equation = self.head.kernel[...], "...D,DV->...V"
-    logits = jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = float32_product(equation, x, kernel)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def gathered(self) -> "Decoder":

@@ -1,12 +1,13 @@
 """The weights of one decoder layer, and the path that tokens and FAM vectors both take through it."""
 
 from collections.abc import Callable
+import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from famjax.model import rope
+from famjax.model import deferred, rope
 from famjax.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
@@ -52,6 +53,7 @@ class Projection(nnx.Module):
     bias: `[out...]`, where there is one.
     lora_a, lora_b: float32 `[in..., r]` and `[r, out...]`, where LoRA adds their product, times
       `lora_scale`, to the kernel. The product of a new pair is 0.
+    tap: None; in a turn of the feedback loop, what makes its gradient later (`deferred`).
   """
 
   def __init__(
@@ -68,7 +70,7 @@ class Projection(nnx.Module):
       lora_scale: float = 1.0,
   ):
     """Makes a kernel of `shape`; a bias, if it has one, is of the axes after the first."""
-    self.equation = equation
+    self.equation, self.tap = equation, None
     kernel = jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
     kernel = kernel * (fan_in**-0.5 / 0.87962566)  # the cut at 2 leaves a deviation of 0.88
     self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
@@ -83,6 +85,17 @@ class Projection(nnx.Module):
       self.lora_b = nnx.Param(b, axes=("lora", *axes[inputs:]))
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    y = self._product(x)
+    return y if self.tap is None else deferred.listen(y, x, self.tap)
+
+  def taps(self, turns: int, rows: tuple[int, ...], dtype: jnp.dtype) -> deferred.Tap:
+    """For `tap`, one in each of so many turns of a loop, on vectors of so many `rows`."""
+    graphdef, weights = nnx.split(self)
+    inputs = self.kernel.shape[: len(self.equation.partition(",")[0]) - 3]  # of "...Hd"
+    x = jax.ShapeDtypeStruct((*rows, *inputs), dtype)
+    return deferred.make_taps(lambda w, x: nnx.merge(graphdef, w)(x), weights, turns, x)
+
+  def _product(self, x):
     y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
     if hasattr(self, "lora_a"):
       inputs, _, outputs = self.equation.replace("...", "").replace("->", ",").split(",")
@@ -90,6 +103,45 @@ class Projection(nnx.Module):
       b = (self.lora_b[...] * self.lora_scale).astype(x.dtype)
       y += jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def float32_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A product that keeps the float32 of its sums, as logits do.
+
+  What comes back is rounded to the dtype of `x` first, as it is at any other product: float32
+  factors would take the backward pass off a device's fast units.
+
+  Args:
+    equation: as "...D,VD->...V", a letter of each.
+    x: `[..., D]`.
+    kernel: is cast to the dtype of `x`.
+  """
+  return jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _float32_product_forward(equation, x, kernel):
+  return float32_product(equation, x, kernel), (x, kernel)
+
+
+def _float32_product_backward(equation, kept, given):
+  x, kernel = kept
+  given = given.astype(x.dtype)
+  inputs, of_kernel, outputs = equation.replace("...", "").replace("->", ",").split(",")
+  of_x = jnp.einsum(f"...{outputs},{of_kernel}->...{inputs}", given, kernel.astype(x.dtype))
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  of_kernel = jnp.einsum(
+      f"n{outputs},n{inputs}->{of_kernel}", flat(given), flat(x), preferred_element_type=jnp.float32
+  )
+  return of_x, of_kernel.astype(kernel.dtype)
+
+
+float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+
+
+def projections(module: nnx.Module) -> dict[tuple, Projection]:
+  """All that a module has, by their paths."""
+  return {path: one for path, one in nnx.iter_modules(module) if isinstance(one, Projection)}
 
 
 def _projections(config: ModelConfig, room: str, rngs: nnx.Rngs):

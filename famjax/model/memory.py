@@ -14,11 +14,12 @@ tokens of all blocks then go through attention and feed-forward at once (SPEC se
 
 from typing import NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from famjax.model.attention import KeySet, attend
-from famjax.model.layers import Layer
+from famjax.model.layers import Layer, projections
 
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine
 
@@ -121,19 +122,29 @@ def feedback(
     unroll: blocks in one turn of the compiled loop.
   """
 
+  T = block_keys.shape[1]
+  # Every turn multiplies by the same matrices; what they get of it is made after the last.
+  taps = {
+      path: one.taps(T, fam.shape[:2], fam.dtype) for path, one in projections(layer).items()
+  }
+  graphdef, matrices, others = nnx.split(layer, lambda path, _: path[:-1] in taps, ...)
+  matrices = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(fam.dtype)), matrices)
+
   def step(fam, block):
-    t, keys, values, write, read, full = block
-    new, fam_keys, fam_values = update(layer, fam, keys, values, write, read, first & (t == 0))
+    t, keys, values, write, read, full, taps = block
+    here = nnx.merge(graphdef, matrices, others)
+    for path, one in projections(here).items():
+      one.tap = nnx.data(taps[path])
+    new, fam_keys, fam_values = update(here, fam, keys, values, write, read, first & (t == 0))
     if full is not None:
       new = jnp.where(full[:, None, None], new, fam)
     return new, (fam_keys, fam_values)
 
-  T = block_keys.shape[1]
   # The axis of the blocks stays, with one of them: what the backward pass keeps of a block's keys
   # is then a slice of those that there are. Without it they would be copied.
   per_block = lambda x: jnp.moveaxis(x, 1, 0)
   keys, values = (per_block(x)[:, :, None] for x in (block_keys, block_values))
-  blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full))
+  blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full)), taps
   fam, read_back = jax.lax.scan(step, fam, blocks, unroll=unroll)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
 

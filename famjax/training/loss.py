@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -35,8 +36,9 @@ def next_token_loss(
 ) -> LossSums:
   """Weighted next-token loss, `chunk_tokens` tokens at a time.
 
-  The sequence is cut, not the batch, so a batch that is sharded by rows stays so. Each chunk's
-  logits are made again in the backward pass: the price is one more product with the embedding.
+  The sequence is cut, not the batch, so a batch that is sharded by rows stays so. Where a gradient
+  is asked for, each chunk's is made while its logits are there, so that they are made once (`loss`
+  alone has one; it cannot be differentiated twice).
 
   Args:
     logits_fn: hidden `[B, c, D]` to logits `[B, c, V]`, such as `Decoder.logits`. It may close
@@ -50,12 +52,12 @@ def next_token_loss(
     Sums over all tokens.
   """
 
-  def of_chunk(hidden, targets):
-    logits = logits_fn(hidden).astype(jnp.float32)  # [B, c, V]
+  def of_logits(logits, targets, taught):
+    del taught
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, c]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen, logits
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-  return _in_chunks(of_chunk, hidden, (), targets, weights, chunk_tokens)
+  return _in_chunks(of_logits, (logits_fn, hidden), None, targets, weights, chunk_tokens)
 
 
 def distillation_loss(
@@ -73,33 +75,83 @@ def distillation_loss(
   `correct` alone.
   """
 
-  def of_chunk(hidden, targets, teacher_hidden):
+  def of_logits(logits, targets, taught):
     del targets
-    logits = logits_fn(hidden).astype(jnp.float32)  # [B, c, V]
-    taught = jax.lax.stop_gradient(teacher_logits_fn(teacher_hidden).astype(jnp.float32))
     wanted = jax.nn.log_softmax(taught, axis=-1)
     apart = wanted - jax.nn.log_softmax(logits, axis=-1)
-    return (jnp.exp(wanted) * apart).sum(-1), logits
+    return (jnp.exp(wanted) * apart).sum(-1)
 
-  return _in_chunks(of_chunk, hidden, (teacher_hidden,), targets, weights, chunk_tokens)
+  student, teacher = (logits_fn, hidden), (teacher_logits_fn, teacher_hidden)
+  return _in_chunks(of_logits, student, teacher, targets, weights, chunk_tokens)
 
 
-def _in_chunks(of_chunk, hidden, more, targets, weights, chunk_tokens) -> LossSums:
-  """Sums of `of_chunk(hidden, targets, *more)`: the loss of each token `[B, c]`, and the logits."""
-  cut = _cutter(hidden, chunk_tokens)
+def _in_chunks(of_logits, student, teacher, targets, weights, chunk_tokens) -> LossSums:
+  """Sums of `of_logits(logits, targets, taught)`, float32 logits `[B, c, V]` to losses `[B, c]`.
 
-  @jax.checkpoint
-  def add_chunk(sums, chunk):
-    hidden, more, targets, weights = chunk
-    loss, logits = of_chunk(hidden, targets, *more)
+  Args:
+    of_logits: as above; `taught` is the teacher's logits, or None.
+    student: what makes logits of hidden vectors, and these.
+    teacher: the same of a teacher, who gets no gradient; None: there is none.
+    targets: of `next_token_loss`, as `weights` and `chunk_tokens`.
+  """
+  cut = _cutter(student[1], chunk_tokens)
+  example = cut(student[1])[0]
+  # What the functions close over becomes an argument, so that its gradient can be asked for.
+  logits_of, params = jax.closure_convert(student[0], example)
+  teach, frozen = (None, ()) if teacher is None else jax.closure_convert(
+      teacher[0], cut(teacher[1])[0]
+  )  # fmt: skip
+  chunks = jax.tree.map(cut, (
+      None if teacher is None else teacher[1], targets, weights.astype(jnp.float32)
+  ))  # fmt: skip
+
+  def sums_of(logits, frozen, chunk):
+    shown, targets, weights = chunk
+    logits = logits.astype(jnp.float32)
+    taught = None if shown is None else teach(shown, *frozen).astype(jnp.float32)
+    loss = of_logits(logits, targets, taught)
     correct = jnp.argmax(logits, axis=-1) == targets
-    new = LossSums((loss * weights).sum(), weights.sum(), (correct * weights).sum())
-    return jax.tree.map(jnp.add, sums, new), None
+    return LossSums((loss * weights).sum(), weights.sum(), (correct * weights).sum())
 
   zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-  chunks = jax.tree.map(cut, (hidden, more, targets, weights.astype(jnp.float32)))
-  sums, _ = jax.lax.scan(add_chunk, zero, chunks)
-  return sums
+
+  @jax.custom_vjp
+  def total(params, hidden, frozen, chunks):
+    def add_chunk(sums, inputs):
+      hidden, chunk = inputs
+      new = sums_of(logits_of(hidden, *params), frozen, chunk)
+      return jax.tree.map(jnp.add, sums, new), None
+
+    return jax.lax.scan(add_chunk, zero, (hidden, chunks))[0]
+
+  def forward(params, hidden, frozen, chunks):
+    def add_chunk(carry, inputs):
+      hidden, chunk = inputs
+      logits, back = jax.vjp(lambda params, hidden: logits_of(hidden, *params), params, hidden)
+
+      def loss_of(logits):
+        sums = sums_of(logits, frozen, chunk)
+        return sums.loss, sums
+
+      of_logits, sums = jax.grad(loss_of, has_aux=True)(logits)
+      of_params, of_hidden = back(of_logits)
+      return jax.tree.map(jnp.add, carry, (sums, of_params)), of_hidden
+
+    begin = zero, jax.tree.map(jnp.zeros_like, params)
+    (sums, of_params), of_hidden = jax.lax.scan(add_chunk, begin, (hidden, chunks))
+    return sums, (of_params, of_hidden, frozen, chunks)
+
+  def backward(kept, given):
+    of_params, of_hidden, frozen, chunks = kept
+    scaled = jax.tree.map(lambda x: (x * given.loss).astype(x.dtype), (of_params, of_hidden))
+    nothing = lambda x: (
+        jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact)
+        else np.zeros(x.shape, jax.dtypes.float0)
+    )  # fmt: skip
+    return *scaled, *jax.tree.map(nothing, (frozen, chunks))
+
+  total.defvjp(forward, backward)
+  return total(params, cut(student[1]), frozen, chunks)
 
 
 def token_log_probs(

@@ -13,7 +13,6 @@ import pytest
 from famjax.errors import UserError
 from famjax.kernels import block_attention, tiles
 from famjax.model import axes, blocks
-from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
@@ -21,69 +20,16 @@ from famjax.parallel import hlo, topology
 from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
 from famjax.training.flops import products
-
-
-def problem(config, B, T, start, seed=0, dtype=jnp.float32):
-  """Random arguments of `blocks.attend`, of rows that have read `start` blocks before."""
-  N, F, K, d = config.memory.block_size, config.memory.length, config.kv_heads, config.head_width
-  keys = iter(jax.random.split(jax.random.key(seed), 8))
-  draw = lambda *shape: jax.random.normal(next(keys), shape, dtype)
-  P = 0 if start is None else config.memory.memory_segments + 1
-  state = empty_state(config, B, past=False).replace(
-      position=jnp.zeros(B, jnp.int32) if start is None else jnp.asarray(start, jnp.int32) * N
-  )
-  layout = blocks.make_layout(state, T * N, None, aligned=True, within=False, N=N)
-  queries = draw(B, T, config.num_heads, N, d) * d**-0.5
-  past = blocks.Past(draw(B, P, K, N, d), draw(B, P, K, N, d))
-  own = blocks.Past(draw(B, T, K, N, d), draw(B, T, K, N, d))
-  fam = KeySet(draw(B, T, K, F, d), draw(B, T, K, F, d)) if F else None
-  return (queries, past, own, fam), layout
-
-
-def both(config, arrays, layout):
-  """Results and gradients by plain attention and by the kernel, all of them float32."""
-  towards = jax.random.normal(jax.random.key(9), arrays[0].shape)
-
-  def of(kernel):
-    here = dataclasses.replace(config, attention_kernel=kernel)
-    out = lambda arrays: blocks.attend(*arrays, layout, here).astype(jnp.float32)
-    gradients = jax.grad(lambda arrays: (out(arrays) * towards).sum())(arrays)
-    return out(arrays), jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
-
-  return jax.jit(lambda: (of("none"), of("interpret")))()
-
-
-def agree(plain, kernel, forward, backward):
-  """Largest differences, beside values of size 1 and gradients of up to 10."""
-  np.testing.assert_allclose(kernel[0], plain[0], rtol=forward, atol=forward)
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=backward, atol=backward)
-  jax.tree.map(close, kernel[1], plain[1])
-
-
-@st.composite
-def configs(draw):
-  K, M = draw(st.sampled_from([1, 2])), draw(st.integers(0, 3))
-  N = draw(st.sampled_from([3, 8, 256]))  # 256: a tile
-  window = draw(st.sampled_from([None, 1, N, N + N // 2]))
-  if window is not None and window >= (M + 1) * N:
-    window = None
-  return ModelConfig(
-      num_heads=K * draw(st.integers(1, 3)), num_kv_heads=K, head_dim=4,
-      attention_cap=draw(st.sampled_from([None, 2.0])),
-      memory=MemoryConfig(
-          block_size=N, memory_segments=M, fam_length=draw(st.integers(0, 3)), window=window,
-          stop_gradient=draw(st.booleans()),
-      ),
-  )  # fmt: skip
+from tests.kernels.problems import agree, both, configs, problem
 
 
 @settings(max_examples=8)
-@given(config=configs(), T=st.integers(1, 3), begun=st.booleans(), seed=st.integers(0, 99))
+@given(config=configs((3, 8, 256)), T=st.integers(1, 3), begun=st.booleans(), seed=st.integers(0, 99))
 def test_equals_plain_attention(config, T, begun, seed):
   """Sums in another order, in float32: 1e-5 of results, 1e-4 of gradients."""
   start = [seed % 3, config.memory.memory_segments + 1] if begun else None
   arrays, layout = problem(config, 2, T, start, seed)
-  agree(*both(config, arrays, layout), forward=1e-5, backward=1e-4)
+  agree(*both(config, arrays, layout, "interpret"), forward=1e-5, backward=1e-4)
 
 
 @pytest.mark.parametrize("tile", [128, 384])
@@ -94,7 +40,7 @@ def test_several_tiles_of_a_block(monkeypatch, tile):
   memory = dataclasses.replace(memory, window=memory.block_size + 200)
   config = ModelConfig(num_heads=2, num_kv_heads=1, head_dim=4, memory=memory)
   arrays, layout = problem(config, 1, 2, [1])
-  agree(*both(config, arrays, layout), forward=1e-5, backward=1e-4)
+  agree(*both(config, arrays, layout, "interpret"), forward=1e-5, backward=1e-4)
 
 
 def test_in_bfloat16():
@@ -104,7 +50,7 @@ def test_in_bfloat16():
       memory=MemoryConfig(block_size=32, memory_segments=2, fam_length=8),
   )  # fmt: skip
   arrays, layout = problem(config, 2, 3, None, dtype=jnp.bfloat16)
-  agree(*both(config, arrays, layout), forward=0.02, backward=0.05)
+  agree(*both(config, arrays, layout, "interpret"), forward=0.02, backward=0.05)
 
 
 MODEL = ModelConfig(
@@ -138,7 +84,7 @@ def test_what_it_is_not_for_is_refused():
   with pytest.raises(UserError, match="memory kind 'rmt' has no kernel: attention_kernel must be"):
     memory = dataclasses.replace(MODEL.memory, kind="rmt", memory_segments=0)
     dataclasses.replace(MODEL, memory=memory, attention_kernel="pallas").validate()
-  with pytest.raises(UserError, match="attention_kernel 'fast' is unknown; choose one of none, pallas"):
+  with pytest.raises(UserError, match="attention_kernel 'fast' is unknown; choose one of auto, none, pallas"):
     dataclasses.replace(MODEL, attention_kernel="fast").validate()
   mesh = make_mesh(MeshConfig(data=1), topology.devices_of("v5e:2x2")[:1])
   arrays, layout = problem(MODEL, 1, 2, None)

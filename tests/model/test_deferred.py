@@ -1,0 +1,71 @@
+"""Gradients that are made after a loop are those that the loop would have made."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+
+from famjax.model import deferred
+from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.decoder import Decoder
+
+
+def function(weights, x):
+  """A product, LoRA's two and a bias."""
+  return x @ weights["w"] + (x @ weights["a"]) @ weights["b"] + weights["bias"]
+
+
+def test_gradients_are_those_of_the_loop():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+  weights = {"w": draw(6, 6), "a": draw(6, 2), "b": draw(2, 6), "bias": draw(6)}
+  x, T = draw(3, 6), 5
+
+  def loss(weights, x, tapped):
+    def turn(x, tap):
+      y = function(jax.lax.stop_gradient(weights) if tapped else weights, x)
+      y = deferred.listen(y, x, tap) if tapped else y
+      return jnp.sin(y), y
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    taps = deferred.make_taps(function, weights, T, shape)
+    end, all_of = jax.lax.scan(turn, x, taps)
+    return (end**2).sum() + jnp.cos(all_of).sum()
+
+  both = [jax.value_and_grad(loss, (0, 1))(weights, x, tapped) for tapped in (True, False)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), *both)
+
+
+def carries(jaxpr: core.Jaxpr):
+  """Shapes of what loops inside the loop over layers take from turn to turn."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "scan":
+      at = eqn.params["num_consts"]
+      yield eqn.params["length"], [
+          var.aval.shape for var in eqn.invars[at : at + eqn.params["num_carry"]]
+      ]
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from carries(inner)
+
+
+def test_the_feedback_loop_carries_no_gradient_of_a_matrix():
+  """LoRA or not: what its turns add up is of vectors alone."""
+  blocks = 5  # no other loop has so many turns
+  memory = MemoryConfig(block_size=4, memory_segments=1, fam_length=2)
+  plain = ModelConfig(
+      vocab_size=16, num_layers=3, model_dim=8, num_heads=2, ff_dim=24, memory=memory
+  )
+  tokens = jnp.zeros((1, blocks * 4), jnp.int32)
+  for config in (plain, dataclasses.replace(plain, lora_rank=3)):
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    loss = lambda params: nnx.merge(graphdef, params)(tokens)[0].sum()  # pylint: disable=cell-var-from-loop
+    found = [
+        shapes for length, shapes in carries(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        if length == blocks
+    ]  # fmt: skip
+    assert len(found) >= 2  # forward and backward
+    matrices = {tuple(x.shape[1:]) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2}
+    assert matrices and not matrices & {shape for shapes in found for shape in shapes}
