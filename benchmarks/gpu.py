@@ -40,7 +40,7 @@ MODEL = ModelConfig(
     memory=MemoryConfig(block_size=1024, memory_segments=3, fam_length=64),
 )  # fmt: skip
 FAST = dataclasses.replace(
-    MODEL, vocab_size=64, num_layers=1, model_dim=32, num_heads=2, ff_dim=32,
+    MODEL, feedback_unroll=1, vocab_size=64, num_layers=1, model_dim=32, num_heads=2, ff_dim=32,
     memory=MemoryConfig(block_size=16, memory_segments=1, fam_length=4),
 )  # fmt: skip
 # Steps: what, length, rows, memories, how layers are kept.

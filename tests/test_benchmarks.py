@@ -29,9 +29,24 @@ def test_streaming_measures_and_draws(tmp_path):
   assert (tmp_path / "streaming.png").stat().st_size > 10_000
 
 
+def test_the_gpu_benchmark_measures_what_is_there(tmp_path):
+  """Of a few tokens, and without a GPU its kernel is interpreted and no share of a peak is known."""
+  command = [sys.executable, BENCHMARKS / "gpu.py", "--fast", "--repeats=1", f"--out={tmp_path}"]
+  done = subprocess.run(
+      [*command, "--profile", "kernel", "train_8k"], check=True, capture_output=True, text=True
+  )
+  lines = json.loads((tmp_path / "report.json").read_text())["lines"]
+  assert [one.get("attention") for one in lines[:4]] == ["plain", "plain", "kernel", "kernel"]
+  assert [one.get("memory") for one in lines[4:]] == ["fam", "bswa"]
+  assert all(one["ms"] > 0 for one in lines) and "train_8k" in done.stdout
+  wrong = subprocess.run([*command, "train_9k"], check=False, capture_output=True, text=True)
+  assert wrong.returncode == 2 and "train_9k: choose of kernel, train_8k" in wrong.stderr
+
+
 def test_every_benchmark_says_what_it_does():
   for name in (
-      "streaming.py", "against_transformers.py", "finetune.py", "paper.py", "peers.py", "tpu_compile.py"
+      "streaming.py", "against_transformers.py", "finetune.py", "paper.py", "peers.py", "tpu_compile.py",
+      "gpu.py",
   ):  # fmt: skip
     command = [sys.executable, BENCHMARKS / name, "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -24,7 +24,7 @@ MEMORY_WEIGHTS = (*FAM_WEIGHTS, "memory", "memory_layers")
 # Kinds of memory that the decoder itself has; others are `strategy`'s.
 BUILT_IN = ("fam", "bswa", "full")
 # Options of a `ModelConfig` that change no result.
-HOW_IT_RUNS = ("remat", "feedback_unroll", "attention_kernel")
+HOW_IT_RUNS = ("remat", "layers_unroll", "feedback_unroll", "attention_kernel")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
 # What makes the attention of whole blocks. See `blocks.attend`.
@@ -171,6 +171,8 @@ class ModelConfig:
     compute_dtype: "float32" or "bfloat16", of activations and matrix products.
     param_dtype: dtype of the parameters, but for LoRA's and the FAM's, which are float32.
     remat: what a layer keeps for its backward pass, one of REMAT_POLICIES.
+    layers_unroll: layers that a compiled program has one after another before its loop over them
+      turns: all of a small model's save a processor copies of what the backward pass keeps.
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
     attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "auto", the GPU's
@@ -210,6 +212,7 @@ class ModelConfig:
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  layers_unroll: int = 1
   feedback_unroll: int = 1
   attention_kernel: str = "auto"
   memory: MemoryConfig = MemoryConfig()
@@ -333,6 +336,7 @@ class ModelConfig:
     _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
     _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, REMAT_POLICIES)
+    _at_least("layers_unroll", self.layers_unroll, 1)
     _at_least("feedback_unroll", self.feedback_unroll, 1)
     _one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
     self.memory.validate()

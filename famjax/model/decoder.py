@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
         return jax.lax.switch(kind, bodies, carry, *given)
 
       inputs = jnp.array(kind_of), weights, prefix, remembered
-      return jax.lax.scan(remat(step, config.remat), carry, inputs)
+      return jax.lax.scan(remat(step, config.remat), carry, inputs, unroll=config.layers_unroll)
     after = []
     for l, layer in enumerate(self.layers):
       mine = LayerMemory(*(None if field is None else field[l] for field in remembered))

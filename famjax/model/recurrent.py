@@ -130,8 +130,9 @@ def hidden(
       return out.x, (memory, _pushed(past, out, block, full), penalty)
 
     x, (of_layers, past, penalty) = jax.lax.scan(
-        remat(layer_step, config.remat), x, (split, memory["layers"], past)
-    )
+        remat(layer_step, config.remat), x, (split, memory["layers"], past),
+        unroll=config.layers_unroll,
+    )  # fmt: skip
     of_model = how.outputs(weights, x, memory["model"], decoder.final_norm, block)
     of_model = jax.tree.map(_choose(full, 0), of_model, memory["model"])
     memory = {"layers": of_layers, "model": of_model}

@@ -23,7 +23,8 @@ def compiled():
   """For each policy: gradients, and bytes of temporaries of the compiled gradient."""
   results = {}
   ways = {policy: {"remat": policy} for policy in REMAT_POLICIES}
-  for policy, how in (ways | {"unrolled": {"feedback_unroll": 3}}).items():  # of 8 blocks
+  ways["unrolled"] = {"feedback_unroll": 3, "layers_unroll": 2}  # of 8 blocks and 4 layers
+  for policy, how in ways.items():
     graphdef, params = nnx.split(Decoder(dataclasses.replace(CONFIG, **how), rngs=nnx.Rngs(0)))
     loss = lambda params: jnp.square(nnx.merge(graphdef, params)(TOKENS)[0]).mean()
     gradient = jax.jit(jax.grad(loss)).lower(params).compile()
