@@ -115,14 +115,17 @@ def flops_per_token(
 def products(jaxpr: core.Jaxpr) -> float:
   """FLOPs of all matrix products of a traced program, those that it makes again included.
 
-  A loop whose end depends on data counts once, of branches the largest counts, and a kernel as it
-  says itself (`pallas_call`'s cost estimate).
+  What nothing reads does not count: a compiler drops it. A loop whose end depends on data counts
+  once, of branches the largest counts, and a kernel as it says itself (`pallas_call`'s cost estimate).
 
   Args:
     jaxpr: of the program, `jax.jit(f).trace(...).jaxpr.jaxpr`.
   """
-  total = 0.0
-  for eqn in jaxpr.eqns:
+  total, read = 0.0, {id(x) for x in jaxpr.outvars}
+  for eqn in reversed(jaxpr.eqns):
+    if not eqn.effects and not any(id(x) in read for x in eqn.outvars):
+      continue
+    read |= {id(x) for x in eqn.invars}
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       shape = eqn.invars[0].aval.shape

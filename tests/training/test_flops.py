@@ -90,3 +90,5 @@ def test_products_of_a_program_count_loops_and_what_is_made_again():
   assert products(traced(jax.grad(layers), x, True)) == 15 * product
   branches = lambda x, on: jax.lax.cond(x[0, 0] > 0, lambda x: x @ weight, lambda x: x, x)
   assert products(traced(branches, x, None)) == product
+  unread = lambda x, _: (x @ weight, (x @ weight) @ weight)[0]
+  assert products(traced(unread, x, None)) == product
