@@ -6,13 +6,16 @@
 Models of about 3.3M parameters (width 256, 4 layers, 4 heads, vocabulary 256, blocks or segments of
 512, float32): a training step on 1,024 tokens with AdamW, and the logits of 4,096 tokens. famjax
 alone goes on to 16,384 and 65,536. Every model lives in a process of its own on one and the same
-core, is compiled and warmed up, and is then called in turn with the others, round after round.
+core, is compiled and warmed up, and is then called in turn with the others, round after round. In all
+of them malloc keeps what is freed (KEEP): a fifth of a training step of famjax would go to the system,
+for pages that it takes back and clears (docs/performance.md).
 
 A peer that cannot be imported is named and left out. Writes `report.json` and `peers.md`.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -25,6 +28,7 @@ import numpy as np
 WIDTH, LAYERS, HEADS, VOCAB, BLOCK = 256, 4, 4, 256, 512
 TRAIN, FORWARD, LONG = 1024, 4096, (16384, 65536)
 RATE = 1e-3
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 
 
 def famjax_(segments: int, fam: int):
@@ -211,9 +215,11 @@ class Worker:
   """A model in a process of its own."""
 
   def __init__(self, name: str):
-    command = [sys.executable, __file__, f"--serve={name}"]
     pipe = subprocess.PIPE
-    self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    self._process = subprocess.Popen(
+        [sys.executable, __file__, f"--serve={name}"], env=os.environ | KEEP, stdin=pipe, stdout=pipe,
+        stderr=pipe, text=True,
+    )  # fmt: skip
     self.why = None
     self.parameters = self._said()
 

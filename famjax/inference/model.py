@@ -394,8 +394,9 @@ def assemble(
   """Makes a model of what was loaded; args and errors are those of `load`."""
   params, config = lora.merge(loaded.params, loaded.model)
   if memory is not None:
-    # What made the attention of the other memory may not be for this one.
-    config = dataclasses.replace(config, memory=memory, attention_kernel="auto")
+    # A kernel that was forced for the other memory may not be for this one.
+    kernel = "none" if config.attention_kernel == "none" else "auto"
+    config = dataclasses.replace(config, memory=memory, attention_kernel=kernel)
   graphdef, fresh = abstract(config)
   if fam_prompt is not None:
     params = params | {"fam_prompt": jnp.asarray(fam_prompt)}

@@ -9,77 +9,17 @@ Logarithms and exponentials are of base 2, which is what the hardware has.
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
+from famjax.kernels.tiles_gpu import SMALLEST, Shape, Tilings, key_specs, loop, over_fam, over_keys
+from famjax.kernels.tiles_gpu import parts, query_specs, tilings_of, visible
+
 _MASKED = -1e30  # finite: a row whose first tile hides everything is cleared by the next
 _LOG2E = math.log2(math.e)
-SMALLEST = 16  # rows of a tile: less the matrix units do not take
-
-
-class Tiling(NamedTuple):
-  """How a kernel is cut.
-
-  Attributes:
-    held: rows of the tile that a program holds.
-    passed: rows of the tiles that it goes over.
-    warps: of 32 threads that share them.
-    stages: tiles on their way from memory at once.
-  """
-
-  held: int
-  passed: int
-  warps: int
-  stages: int
-
-
-class Tilings(NamedTuple):
-  """Of the forward pass, of the gradient of queries, and of that of keys."""
-
-  forward: Tiling
-  queries: Tiling
-  keys: Tiling
-
-
-class Shape(NamedTuple):
-  """What the kernels know when they are made; see `attend` for the letters."""
-
-  T: int
-  P: int
-  G: int
-  N: int
-  F: int
-  segments: int
-  window: int | None
-  cap: float | None
-  stop_gradient: bool
-  interpret: bool
-  tilings: Tilings
-
-  def cut(self, tiling: Tiling) -> Tiling:
-    """The tiling for blocks of N."""
-    return tiling._replace(held=_fit(tiling.held, self.N), passed=_fit(tiling.passed, self.N))
-
-
-def tilings_of(width: int) -> Tilings:
-  """Those that were fastest on an H100 (docs/results/gpu.md) for heads of a width `d`."""
-  if width <= 128:
-    return Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2))
-  return Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2))
-
-
-def _fit(size: int, N: int) -> int:
-  """The largest power of two up to `size` that divides a block."""
-  return math.gcd(size, N)
-
-
-def suits(N: int) -> bool:
-  """Whether blocks of N can be cut into tiles."""
-  return _fit(SMALLEST, N) == SMALLEST
 
 
 @functools.partial(
@@ -101,7 +41,7 @@ def attend(
     interpret: bool = False,
     tilings: Tilings | None = None,
 ) -> jax.Array:
-  """`block_attention.attend` on a GPU; N must be a multiple of 16 (`suits`).
+  """`block_attention.attend` on a GPU; N must be a multiple of 16 (`SMALLEST`).
 
   Args:
     queries: `[B, T, K, G, N, d]`, scaled and rotated.
@@ -131,7 +71,7 @@ def attend(
       tilings or tilings_of(width),
   )  # fmt: skip
   wide = lambda x: _pad_to(x, -1, width)
-  rows = max(SMALLEST, pl.next_power_of_2(F))
+  rows = shape.fam_tiles * shape.fam_tile
   fam = tuple(_pad_to(wide(x), -2, rows) for x in (fam_keys, fam_values)) if F else ()
   return _attend(shape, before, wide(queries), wide(keys), wide(values), fam)[..., :d]
 
@@ -191,83 +131,11 @@ def _tile(ref, *at, size):
   return ref[(*outer, pl.ds(i * size, size), slice(None))]
 
 
-def _parts(x, size):
-  """`x // size` and `x % size` of what is not negative, without asking for its sign."""
-  size = jnp.int32(size)
-  return jax.lax.div(x, size), jax.lax.rem(x, size)
-
-
-def _loop(start, end, body, carry):
-  return jax.lax.fori_loop(jnp.int32(start), end, body, carry)
-
-
-def _own(b_heads, heads):
-  """Row and head of a program of the last axis of a grid."""
-  return b_heads // heads, b_heads % heads
-
-
-def _seen(shape, apart, rows, columns, keys_down):
-  """bool `[rows, columns]`: which keys are seen, of a tile whose first query is `apart` behind."""
-  place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis)
-  apart = apart + (place(1) - place(0) if keys_down else place(0) - place(1))
-  seen = apart >= 0
-  return seen if shape.window is None else seen & (apart < shape.window)
-
-
-def _over_keys(shape, tiling, before, add, carry):
-  """Calls `add(carry, block, tile, seen)` for the tiles of keys that a tile of queries sees."""
-  i, t = pl.program_id(0), pl.program_id(1)
-  held, passed = tiling.held, tiling.passed
-  tiles = shape.N // passed
-  first = jnp.maximum(t - shape.segments, -before)  # block
-  ahead = (t - first) * shape.N + i * held  # tokens from the first key to the first query
-  start = 0 if shape.window is None else jnp.maximum(ahead - shape.window + 1, 0) // passed
-  whole = (t - first) * tiles + i * held // passed
-
-  def tile(masked, c, carry):
-    block, j = _parts(c, tiles)
-    seen = None
-    if masked:
-      seen = _seen(shape, ahead - c * passed, held, passed, keys_down=False)
-    return add(carry, shape.P + first + block, j, seen)
-
-  carry = _loop(start, whole, functools.partial(tile, shape.window is not None), carry)
-  end = whole + pl.cdiv(i * held % passed + held, passed)
-  return _loop(jnp.maximum(whole, start), end, functools.partial(tile, True), carry)
-
-
-def _query_specs(shape, tiling, B, K, d):
-  """Of queries, of what there is one of per query, of keys, of the FAM, and of `before`."""
-  G, heads = shape.G, K * shape.G
-  at = lambda h: (h // heads, h % heads // G, h % G)
-
-  def query(i, t, h):
-    b, k, g = at(h)
-    return b, t, k, g, i, 0
-
-  def key(i, t, h):
-    b, k, _ = at(h)
-    return b, 0, k, 0, 0
-
-  def fam(i, t, h):
-    b, k, _ = at(h)
-    return b, t, k, 0, 0
-
-  F = max(SMALLEST, pl.next_power_of_2(shape.F))
-  return (
-      pl.BlockSpec((None, None, None, None, tiling.held, d), query),
-      pl.BlockSpec((None, None, None, None, tiling.held), lambda *at: query(*at)[:-1]),
-      pl.BlockSpec((None, shape.P + shape.T, None, shape.N, d), key),
-      pl.BlockSpec((None, None, None, F, d), fam),
-      pl.BlockSpec((1,), lambda i, t, h: (h // heads,)),
-  )
-
-
 def _forward(shape, before, queries, keys, values, fam):
   """Results `[B, T, K, G, N, d]`, and the logarithm of each query's sum, `[B, T, K, G, N]`."""
   B, T, K, G, N, d = queries.shape
   tiling = shape.cut(shape.tilings.forward)
-  query, row, key, of_fam, count = _query_specs(shape, tiling, B, K, d)
+  query, row, key, of_fam, count = query_specs(shape, tiling, K, d)
   return _call(
       functools.partial(_forward_kernel, shape, tiling),
       (N // tiling.held, T, B * K * G),
@@ -307,24 +175,21 @@ def _forward_kernel(shape, tiling, before, queries, keys, values, *refs):
       jnp.zeros(rows, jnp.float32),
   )
   if fam:
-    carry = add(carry, fam[0][...], fam[1][...], _of_fam(shape, rows, fam[0].shape[0]))
-  acc, top, total = _over_keys(shape, tiling, before[0], add_tile, carry)
+    carry = over_fam(shape, rows, functools.partial(_add_fam, shape, fam, add), carry)
+  acc, top, total = over_keys(shape, tiling, before[0], add_tile, carry)
   out[...] = (acc / total[:, None]).astype(out.dtype)
   lse[...] = top + jnp.log2(total)
 
 
-def _of_fam(shape, rows, columns):
-  """Which of the FAM's rows are more than padding."""
-  if columns == shape.F:
-    return None
-  return jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 1) < shape.F
+def _add_fam(shape, fam, add, carry, j, seen):
+  return add(carry, *(_tile(x, j, size=shape.fam_tile) for x in fam), seen)
 
 
 def _backward_queries(shape, before, queries, keys, values, fam, given, lse, delta):
   """Gradient of queries."""
   B, T, K, G, N, d = queries.shape
   tiling = shape.cut(shape.tilings.queries)
-  query, row, key, of_fam, count = _query_specs(shape, tiling, B, K, d)
+  query, row, key, of_fam, count = query_specs(shape, tiling, K, d)
   return _call(
       functools.partial(_backward_queries_kernel, shape, tiling),
       (N // tiling.held, T, B * K * G),
@@ -357,27 +222,16 @@ def _backward_queries_kernel(
 
   acc = jnp.zeros(q.shape, jnp.float32)
   if fam:
-    acc = add(acc, fam[0][...], fam[1][...], _of_fam(shape, q.shape[0], fam[0].shape[0]))
-  acc = _over_keys(shape, tiling, before[0], add_tile, acc)
+    acc = over_fam(shape, q.shape[0], functools.partial(_add_fam, shape, fam, add), acc)
+  acc = over_keys(shape, tiling, before[0], add_tile, acc)
   of_queries[...] = acc.astype(of_queries.dtype)
-
-
-def _key_specs(shape, K, d):
-  """Of queries and of what there is one of per query, all that a head's keys meet; of `before`."""
-  all_of = (None, shape.T, None, shape.G, shape.N)
-  where = lambda h: (h // K, 0, h % K, 0, 0)
-  return (
-      pl.BlockSpec((*all_of, d), lambda j, c, h: (*where(h), 0)),
-      pl.BlockSpec(all_of, lambda j, c, h: where(h)),
-      pl.BlockSpec((1,), lambda j, c, h: (h // K,)),
-  )
 
 
 def _backward_keys(shape, before, queries, keys, values, given, lse, delta):
   """Gradients of the tokens' keys and values."""
   B, C, K, N, d = keys.shape
   tiling = shape.cut(shape.tilings.keys)
-  query, row, count = _key_specs(shape, K, d)
+  query, row, count = key_specs(shape, K, d)
   key = pl.BlockSpec((None, None, None, tiling.held, d), lambda j, c, h: (h // K, c, h % K, j, 0))
   return _call(
       functools.partial(_backward_keys_kernel, shape, tiling),
@@ -405,16 +259,16 @@ def _backward_keys_kernel(
   of_tile = _pass_queries(shape, tiling, keys[...], values[...], queries, given, lse, delta)
 
   def tile(g, masked, c, carry):
-    t, i = _parts(c, tiles)
+    t, i = parts(c, tiles)
     seen = None
     if masked:
-      seen = _seen(shape, behind + c * passed, held, passed, keys_down=True)
+      seen = visible(shape, behind + c * passed, held, passed, keys_down=True)
     return of_tile(carry, first + t, g, i, seen)
 
   def of_head(g, carry):
     middle = jnp.minimum(whole, end)
-    carry = _loop(own, middle, functools.partial(tile, g, True), carry)
-    return _loop(middle, end, functools.partial(tile, g, shape.window is not None), carry)
+    carry = loop(own, middle, functools.partial(tile, g, True), carry)
+    return loop(middle, end, functools.partial(tile, g, shape.window is not None), carry)
 
   zero = jnp.zeros(keys.shape, jnp.float32)
   for ref, one in zip((of_keys, of_values), _over_heads(shape.G, of_head, (zero, zero))):
@@ -422,7 +276,7 @@ def _backward_keys_kernel(
 
 
 def _over_heads(G, of_head, carry):
-  return of_head(0, carry) if G == 1 else _loop(0, G, of_head, carry)
+  return of_head(0, carry) if G == 1 else loop(0, G, of_head, carry)
 
 
 def _pass_queries(shape, tiling, k, v, queries, given, lse, delta):
@@ -448,13 +302,14 @@ def _pass_queries(shape, tiling, k, v, queries, given, lse, delta):
 
 def _backward_fam(shape, queries, fam, given, lse, delta):
   """Gradients of the FAM's keys and values."""
-  B, T, K, F, d = fam[0].shape
+  B, T, K, F, d = fam[0].shape  # F with its padding
   tiling = shape.cut(shape.tilings.keys)
-  query, row, _ = _key_specs(shape, K, d)
-  vectors = pl.BlockSpec((None, None, None, F, d), lambda j, t, h: (h // K, t, h % K, 0, 0))
+  query, row, _ = key_specs(shape, K, d)
+  tile = (None, None, None, shape.fam_tile, d)
+  vectors = pl.BlockSpec(tile, lambda j, t, h: (h // K, t, h % K, j, 0))
   return _call(
       functools.partial(_backward_fam_kernel, shape, tiling),
-      (1, T, B * K),
+      (shape.fam_tiles, T, B * K),
       (queries, *fam, given, lse, delta),
       [query, vectors, vectors, query, row, row],
       [(vectors, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in fam],
@@ -469,7 +324,7 @@ def _backward_fam_kernel(
   of_tile = _pass_queries(shape, tiling, keys[...], values[...], queries, given, lse, delta)
 
   def of_head(g, carry):
-    return _loop(0, tiles, lambda i, carry: of_tile(carry, t, g, i, None), carry)
+    return loop(0, tiles, lambda i, carry: of_tile(carry, t, g, i, None), carry)
 
   zero = jnp.zeros(keys.shape, jnp.float32)
   for ref, one in zip((of_keys, of_values), _over_heads(shape.G, of_head, (zero, zero))):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from famjax.errors import UserError
-from famjax.kernels import block_attention, block_attention_gpu
+from famjax.kernels import block_attention, block_attention_gpu, tiles_gpu
 from famjax.model import attention, axes
 from famjax.model.attention import KeySet
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -214,12 +214,12 @@ def _kernel_of(config: ModelConfig):
     kernels = {"interpret": block_attention, "interpret_gpu": block_attention_gpu}
     return functools.partial(kernels[how].attend, interpret=True) if how in kernels else None
   platform = axes.platform()
-  if platform == "gpu" and how == "auto":  # what it is slower for stays plain
-    suits = config.compute_dtype == "bfloat16" and block_attention_gpu.suits(N)
+  if platform == "gpu" and how == "auto":  # what it is slower for, or not tried on, stays plain
+    suits = config.compute_dtype == "bfloat16" and tiles_gpu.suits(N, config.head_width)
     return block_attention_gpu.attend if suits else None
   if platform not in ("gpu", "tpu") or how == "auto":
     return None
-  divisor = 128 if platform == "tpu" else block_attention_gpu.SMALLEST
+  divisor = 128 if platform == "tpu" else tiles_gpu.SMALLEST
   if N % divisor:
     raise UserError(
         f"attention_kernel 'pallas' on a {platform.upper()} needs a block_size that {divisor} divides,"

@@ -176,7 +176,8 @@ class ModelConfig:
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
     attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "auto", the GPU's
-      kernel on a GPU in bfloat16, else plain JAX; "none", plain JAX; "pallas", the kernel of a TPU
+      kernel on an A100, H100 or their like, in bfloat16, of blocks that 64 divides and heads of up to
+      256, else plain JAX; "none", plain JAX; "pallas", the kernel of a TPU
       (`famjax.kernels.block_attention`) or a GPU (`block_attention_gpu`), elsewhere plain JAX;
       "interpret" and "interpret_gpu", these two interpreted, on any machine and slowly, for tests.
     memory: which past a block can see.
@@ -342,7 +343,7 @@ class ModelConfig:
     self.memory.validate()
     if self.attention_kernel not in ("auto", "none") and self.memory.kind not in BUILT_IN:
       raise UserError(
-          f"memory kind {self.memory.kind!r} has no kernel: attention_kernel must be 'auto'"
+          f"memory kind {self.memory.kind!r} has no kernel: attention_kernel must be 'auto' or 'none'"
       )
 
   def _validate_kinds(self):

@@ -5,7 +5,7 @@ backward pass would add a whole matrix's gradient to a sum in every turn, which 
 than the vectors' own products. Here a turn leaves behind what went into each product and the gradient
 of what came out, a few vectors each, and one product over all turns makes the gradient of a matrix:
 
-    taps = make_taps(function, weights, turns, x, y)          zeros, one for each turn
+    taps = make_taps(function, weights, turns, x)          zeros, one for each turn
     in a turn:  y = listen(function(stop_gradient(weights), x), x, tap)
 
 The gradient of a tap is by definition `(x, gradient of y)`; that of `make_taps` makes of all of them
@@ -30,10 +30,11 @@ def make_taps(
   """Zeros to hand to `listen`, one in each turn of a loop.
 
   Args:
-    function: of weights and `x` of one turn, or of several on axes before; linear in the weights.
+    function: of weights and `x`, each row of which it takes for itself; there may be more axes of
+      rows, for several turns at once.
     weights: a pytree of arrays, which get their gradient here.
     turns: T.
-    x: what a turn gives to the function.
+    x: what a turn gives to the function, `[B, ...]`.
 
   Returns:
     `[T, *x.shape]` and `[T, *y.shape]`, for a loop to go over.
@@ -46,7 +47,8 @@ def make_taps(
   make = jax.custom_vjp(zeros)
 
   def backward(weights, gradients):
-    every_x, of_every_y = gradients
+    # Rows before turns: of devices that share the rows each then multiplies its own.
+    every_x, of_every_y = (jnp.swapaxes(x, 0, 1) for x in gradients)
     return jax.vjp(lambda weights: function(weights, every_x), weights)[1](of_every_y)
 
   make.defvjp(lambda weights: (zeros(weights), weights), backward)

@@ -128,11 +128,13 @@ def feedback(
       path: one.taps(T, fam.shape[:2], fam.dtype) for path, one in projections(layer).items()
   }
   graphdef, matrices, others = nnx.split(layer, lambda path, _: path[:-1] in taps, ...)
-  matrices = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(fam.dtype)), matrices)
+  matrices = jax.lax.stop_gradient(matrices)
+  kernels, matrices = nnx.split_state(matrices, lambda path, _: path[-1] == "kernel", ...)
+  kernels = jax.tree.map(lambda x: x.astype(fam.dtype), kernels)  # not in each turn anew
 
   def step(fam, block):
     t, keys, values, write, read, full, taps = block
-    here = nnx.merge(graphdef, matrices, others)
+    here = nnx.merge(graphdef, kernels, matrices, others)
     for path, one in projections(here).items():
       one.tap = nnx.data(taps[path])
     new, fam_keys, fam_values = update(here, fam, keys, values, write, read, first & (t == 0))

@@ -37,8 +37,9 @@ def next_token_loss(
   """Weighted next-token loss, `chunk_tokens` tokens at a time.
 
   The sequence is cut, not the batch, so a batch that is sharded by rows stays so. Where a gradient
-  is asked for, each chunk's is made while its logits are there, so that they are made once (`loss`
-  alone has one; it cannot be differentiated twice).
+  is asked for, each chunk's is made while its logits are there, so that they are made once. `loss`
+  alone has one, of `hidden` and of what `logits_fn` closes over (`weights` count as constants); it
+  cannot be differentiated twice, nor forward (`jax.jvp`).
 
   Args:
     logits_fn: hidden `[B, c, D]` to logits `[B, c, V]`, such as `Decoder.logits`. It may close

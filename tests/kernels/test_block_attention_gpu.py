@@ -1,6 +1,7 @@
 """The GPU's kernel gives what plain attention gives, and says to a GPU's compiler what it is."""
 
 import dataclasses
+import types
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from famjax.errors import UserError
-from famjax.kernels import block_attention_gpu
-from famjax.kernels.block_attention_gpu import Tiling, Tilings
+from famjax.kernels import block_attention_gpu, tiles_gpu
+from famjax.kernels.tiles_gpu import Tiling, Tilings
 from famjax.model import axes, blocks
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.training.flops import products
@@ -22,13 +23,19 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def small_tiles(monkeypatch, held, passed):
-  tiling = Tiling(held, passed, warps=4, stages=2)
-  monkeypatch.setattr(block_attention_gpu, "tilings_of", lambda _: Tilings(tiling, tiling, tiling))
-  jax.clear_caches()  # kernels of other tiles
+@pytest.fixture(name="small_tiles")
+def _small_tiles(monkeypatch):
+  def use(held, passed):
+    tiling = Tiling(held, passed, warps=4, stages=2)
+    monkeypatch.setattr(block_attention_gpu, "tilings_of", lambda _: Tilings(tiling, tiling, tiling))
+    monkeypatch.setattr(tiles_gpu, "FAM_TILE", 16)
+    jax.clear_caches()  # kernels of other tiles
+
+  yield use
+  jax.clear_caches()
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(config=configs((16, 32, 48)), T=st.integers(1, 3), begun=st.booleans(), seed=st.integers(0, 99))
 def test_equals_plain_attention(config, T, begun, seed):
   """Sums in another order, in float32: 1e-5 of results, 1e-4 of gradients."""
@@ -37,12 +44,13 @@ def test_equals_plain_attention(config, T, begun, seed):
   agree(*both(config, arrays, layout, "interpret_gpu"), forward=1e-5, backward=1e-4)
 
 
-@pytest.mark.parametrize("held, passed", [(32, 16), (16, 32)])
-@pytest.mark.parametrize("window", [None, 70])
-def test_several_tiles_of_a_block(monkeypatch, held, passed, window):
-  """Tiles before, on and behind the diagonal, the one that is held smaller or larger."""
-  small_tiles(monkeypatch, held, passed)
-  memory = MemoryConfig(block_size=64, memory_segments=2, fam_length=3, window=window)
+@pytest.mark.parametrize(
+    "held, passed, window, F", [(32, 16, None, 40), (32, 16, 70, 3), (16, 32, 70, 32), (16, 32, None, 3)]
+)
+def test_several_tiles_of_a_block(small_tiles, held, passed, window, F):
+  """Tiles before, on and behind the diagonal, the one that is held smaller or larger; of a FAM too."""
+  small_tiles(held, passed)
+  memory = MemoryConfig(block_size=64, memory_segments=2, fam_length=F, window=window)
   config = ModelConfig(num_heads=2, num_kv_heads=1, head_dim=4, attention_cap=2.0, memory=memory)
   arrays, layout = problem(config, 2, 3, [1, 4])
   agree(*both(config, arrays, layout, "interpret_gpu"), forward=1e-5, backward=1e-4)
@@ -60,18 +68,23 @@ def jaxpr_of(config):
 
 
 def test_it_is_chosen_where_it_is_faster(monkeypatch):
-  """By default on GPUs, of 16-bit numbers and blocks that can be cut; by force of all numbers."""
+  """By default on GPUs that have room, of 16-bit numbers and blocks of whole tiles; by force of all."""
   with_memory = lambda **changes: dataclasses.replace(
       MODEL, memory=dataclasses.replace(MODEL.memory, **changes)
   )
-  assert "pallas_call" not in jaxpr_of(MODEL)
+  model = with_memory(block_size=64)
+  assert "pallas_call" not in jaxpr_of(model)
   monkeypatch.setattr(axes, "platform", lambda: "gpu")
-  assert "pallas_call" in jaxpr_of(MODEL)
-  assert "pallas_call" not in jaxpr_of(dataclasses.replace(MODEL, attention_kernel="none"))
-  single = dataclasses.replace(MODEL, compute_dtype="float32")
+  assert "pallas_call" not in jaxpr_of(model)  # of a card that no one knows
+  monkeypatch.setattr(tiles_gpu.jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+  assert "pallas_call" in jaxpr_of(model)
+  assert "pallas_call" not in jaxpr_of(dataclasses.replace(model, head_dim=264))
+  assert "pallas_call" not in jaxpr_of(MODEL)
+  assert "pallas_call" not in jaxpr_of(dataclasses.replace(model, attention_kernel="none"))
+  single = dataclasses.replace(model, compute_dtype="float32")
   assert "pallas_call" not in jaxpr_of(single)
   assert "pallas_call" in jaxpr_of(dataclasses.replace(single, attention_kernel="pallas"))
-  assert "pallas_call" not in jaxpr_of(with_memory(block_size=24))
+  assert "pallas_call" in jaxpr_of(dataclasses.replace(MODEL, attention_kernel="pallas"))
   with pytest.raises(UserError, match="on a GPU needs a block_size that 16 divides, not 24: choose"):
     jaxpr_of(dataclasses.replace(with_memory(block_size=24), attention_kernel="pallas"))
   monkeypatch.setattr(axes, "platform", lambda: "tpu")
@@ -85,10 +98,10 @@ def shapes(B, T, K, G, N, d, F, P, dtype):
   return shape(B, T, K, G, N, d), keys, keys, fam, fam, before
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 1500, "cap": 50.0}])
-def test_triton_takes_it(options):
+@pytest.mark.parametrize("options, F", [({}, 64), ({"window": 1500, "cap": 50.0}, 1000)])
+def test_triton_takes_it(options, F):
   """Forward and backward are kernels of a GPU's program, which is made without a GPU."""
-  arguments = shapes(1, 4, 2, 2, 1024, 128, 64, 3, jnp.bfloat16)
+  arguments = shapes(1, 4, 2, 2, 1024, 128, F, 3, jnp.bfloat16)
 
   def loss(*arrays):
     return block_attention_gpu.attend(*arrays, segments=2, **options).astype(jnp.float32).sum()

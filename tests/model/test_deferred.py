@@ -11,6 +11,8 @@ import numpy as np
 from famjax.model import deferred
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
+from famjax.model.layers import projections
+from famjax.model.memory import feedback
 
 
 def function(weights, x):
@@ -37,6 +39,31 @@ def test_gradients_are_those_of_the_loop():
 
   both = [jax.value_and_grad(loss, (0, 1))(weights, x, tapped) for tapped in (True, False)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), *both)
+
+
+def test_factors_of_lora_are_scaled_before_they_are_rounded():
+  """In the loop as elsewhere: a scale that is part of the factor gives the same numbers."""
+  memory = MemoryConfig(block_size=4, memory_segments=1, fam_length=2)
+  config = ModelConfig(
+      vocab_size=16, num_layers=1, model_dim=8, num_heads=2, ff_dim=24, memory=memory, lora_rank=3,
+      lora_alpha=5.0, compute_dtype="bfloat16",
+  )  # fmt: skip
+  layer = jax.tree.map(lambda x: x[0], Decoder(config, rngs=nnx.Rngs(0)).layers)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  arrays = [x.astype(jnp.bfloat16) for x in (draw(1, 2, 8), draw(1, 1, 2, 4, 4), draw(1, 1, 2, 4, 4))]
+  turn = jnp.ones((1, 1, 2, 2)), jnp.zeros((1, 1, 2, 2))
+
+  @nnx.jit
+  def loop(layer):
+    return feedback(layer, *arrays, turn, turn, jnp.zeros(1, bool), None).fam.astype(jnp.float32)
+
+  for one in projections(layer).values():
+    one.lora_b[...] = draw(*one.lora_b.shape)
+  scaled = loop(layer)
+  for one in projections(layer).values():
+    one.lora_b[...], one.lora_scale = one.lora_b[...] * one.lora_scale, 1.0
+  np.testing.assert_array_equal(scaled, loop(layer))
 
 
 def carries(jaxpr: core.Jaxpr):

@@ -15,8 +15,10 @@ import tempfile
 
 import jax
 
+from famjax import compilation
 from famjax.parallel import mesh as mesh_module
 from famjax.parallel.mesh import MeshConfig
+from famjax.parallel.placement import AxisRules
 from famjax.training.loop import train
 from tests.training import toy
 
@@ -32,7 +34,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
     "all parameters, Adafactor, rows followed": (
         MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"),
         dict(follow_rows=True, look_every=STEPS),
-        ("one device", "mixed", "moved", "kernel"),
+        ("one device", "mixed", "moved", "kernel", "kernel of a GPU"),
     ),
     "a memory of another kind, rows followed": (
         dataclasses.replace(
@@ -46,6 +48,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
 MESHES = {
     "one device": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8),
     "mixed": (2, 2, 2), "moved": (2, 2, 2), "kernel": (2, 2, 2),
+    "kernel of a GPU": (2, 2, 2),
 }  # fmt: skip
 
 
@@ -55,7 +58,8 @@ def losses(setting: str, mesh: str, run_dir: str, steps: int = STEPS) -> list[fl
   Where it looks at its FAM, two measures of it stand at the end.
   """
   model, optimizer, options, _ = SETTINGS[setting]
-  model = dataclasses.replace(model, attention_kernel="interpret" if mesh == "kernel" else "none")
+  kernel = {"kernel": "interpret", "kernel of a GPU": "interpret_gpu"}.get(mesh, "none")
+  model = dataclasses.replace(model, attention_kernel=kernel)
   mesh = MESHES[mesh]
   config = dataclasses.replace(toy.TRAIN, train_steps=steps, log_every=1, **options)
   devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
@@ -77,8 +81,22 @@ def _only(devices):
     mesh_module.jax.devices = all_of_them
 
 
+def collectives(setting: str, mesh: str) -> list[str]:
+  """Kinds of them that a training step on a mesh has."""
+  model, optimizer, options, _ = SETTINGS[setting]
+  run = compilation.Run(
+      model, optimizer, dataclasses.replace(toy.TRAIN, **options), MeshConfig(*MESHES[mesh]),
+      AxisRules(), batch_size=16, length=12,
+  )  # fmt: skip
+  found = compilation.compiled(run, "train", jax.devices())
+  return sorted({one["kind"] for one in found["collectives"]})
+
+
 def main() -> None:
-  found = {"devices": jax.device_count()}
+  found = {
+      "devices": jax.device_count(),
+      "collectives": collectives("all parameters, Adafactor, rows followed", "data"),
+  }
   with tempfile.TemporaryDirectory() as directory:
     for setting, (*_, meshes) in SETTINGS.items():
       for mesh in meshes:

@@ -26,14 +26,19 @@ def found():
   return found
 
 
+def test_rows_that_are_apart_stay_apart(found):
+  """On a mesh of data alone gradients are added up, and nothing else is sent."""
+  assert found["collectives"] == ["all-reduce"]
+
+
 @pytest.mark.parametrize(
     "setting, mesh", [(name, mesh) for name, (*_, meshes) in SETTINGS.items() for mesh in meshes[1:]]
 )
 def test_losses_are_those_of_one_device(found, setting, mesh):
   """Sums over devices come in another order: five steps of float32 stay within 1e-5.
 
-  "moved" is a run whose checkpoint was saved on one mesh and restored on another; "kernel" one whose
-  attention is a kernel, which each device calls on its part.
+  "moved" is a run whose checkpoint was saved on one mesh and restored on another; the "kernel" ones
+  are runs whose attention is a kernel, which each device calls on its part.
   """
   alone, here = (np.array(found[f"{setting}: {name}"]) for name in ("one device", mesh))
   looks = "look_every" in SETTINGS[setting][2]
