@@ -7,8 +7,8 @@ Models of about 3.3M parameters (width 256, 4 layers, 4 heads, vocabulary 256, b
 512, float32): a training step on 1,024 tokens with AdamW, and the logits of 4,096 tokens. famjax
 alone goes on to 16,384 and 65,536. Every model lives in a process of its own on one and the same
 core, is compiled and warmed up, and is then called in turn with the others, round after round. In all
-of them malloc keeps what is freed (KEEP): a fifth of a training step of famjax would go to the system,
-for pages that it takes back and clears (docs/performance.md).
+of them malloc keeps what is freed, or the system takes and clears it in each step (--system-malloc;
+docs/results/cpu.md).
 
 A peer that cannot be imported is named and left out. Writes `report.json` and `peers.md`.
 """
@@ -214,10 +214,10 @@ def serve(name: str) -> None:
 class Worker:
   """A model in a process of its own."""
 
-  def __init__(self, name: str):
+  def __init__(self, name: str, malloc: dict[str, str]):
     pipe = subprocess.PIPE
     self._process = subprocess.Popen(
-        [sys.executable, __file__, f"--serve={name}"], env=os.environ | KEEP, stdin=pipe, stdout=pipe,
+        [sys.executable, __file__, f"--serve={name}"], env=os.environ | malloc, stdin=pipe, stdout=pipe,
         stderr=pipe, text=True,
     )  # fmt: skip
     self.why = None
@@ -248,12 +248,14 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default="runs/peers")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--peer", action="append", choices=PEERS, help="several; all if none")
+  parser.add_argument("--system-malloc", action="store_true", help="leaves malloc as it comes")
   parser.add_argument("--serve", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.serve:
     serve(arguments.serve)
     return
-  workers = {name: Worker(name) for name in [*OURS, *(arguments.peer or PEERS)]}
+  malloc = {} if arguments.system_malloc else KEEP
+  workers = {name: Worker(name, malloc) for name in [*OURS, *(arguments.peer or PEERS)]}
   tasks = [("train", TRAIN), ("forward", FORWARD), *(("forward", n) for n in LONG)]
   laps: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
   for i in range(arguments.repeats + 1):

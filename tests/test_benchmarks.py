@@ -46,7 +46,7 @@ def test_the_gpu_benchmark_measures_what_is_there(tmp_path):
 def test_every_benchmark_says_what_it_does():
   for name in (
       "streaming.py", "against_transformers.py", "finetune.py", "paper.py", "peers.py", "tpu_compile.py",
-      "gpu.py",
+      "gpu.py", "waits.py",
   ):  # fmt: skip
     command = [sys.executable, BENCHMARKS / name, "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -158,7 +158,7 @@ def test_the_whole_of_the_paper_runs(load, tmp_path):
 
 def test_a_peer_that_is_not_there_is_named(load, tmp_path, capsys):
   peers = load("peers")
-  worker = peers.Worker("titans-pytorch")
+  worker = peers.Worker("titans-pytorch", peers.KEEP)
   assert "titans_pytorch" in worker.why and worker.time("train", 8) is None
   worker.close()
   there = argparse.Namespace(why=None, parameters=1000)

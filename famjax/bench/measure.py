@@ -244,6 +244,7 @@ def plot(found: dict, path: pathlib.Path) -> None:
   import matplotlib  # pylint: disable=import-outside-toplevel
 
   matplotlib.use("Agg")
+  from matplotlib import ticker  # pylint: disable=import-outside-toplevel
   import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
 
   steps = list(dict.fromkeys(one["step"] for one in found["cases"]))
@@ -257,6 +258,12 @@ def plot(found: dict, path: pathlib.Path) -> None:
         label = memory if name == "seconds" else None
         axes.plot(*np.reshape(points, (-1, 2)).T, style, marker="o", ms=3, color=f"C{i}", label=label)
     axes.set(xscale="log", yscale="log", title=step, xlabel="tokens", ylabel="ms a token")
+    lengths = sorted({one["length"] for one in found["cases"]})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
   figure.suptitle("dotted: the floor by formula and this machine's rates", fontsize="small")
