@@ -214,7 +214,7 @@ def _kernel_of(config: ModelConfig):
     kernels = {"interpret": block_attention, "interpret_gpu": block_attention_gpu}
     return functools.partial(kernels[how].attend, interpret=True) if how in kernels else None
   platform = axes.platform()
-  if platform == "gpu" and how == "auto":  # what it is slower for, or not tried on, stays plain
+  if platform == "gpu" and how == "auto":  # what it is slower for, or too large for, stays plain
     suits = config.compute_dtype == "bfloat16" and tiles_gpu.suits(N, config.head_width)
     return block_attention_gpu.attend if suits else None
   if platform not in ("gpu", "tpu") or how == "auto":
