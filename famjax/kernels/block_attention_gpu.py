@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
+from famjax.kernels.tiles import parts, visible
 from famjax.kernels.tiles_gpu import SMALLEST, Shape, Tilings, key_specs, loop, over_fam, over_keys
-from famjax.kernels.tiles_gpu import parts, query_specs, tilings_of, visible
+from famjax.kernels.tiles_gpu import query_specs, tilings_of
 
 _MASKED = -1e30  # finite: a row whose first tile hides everything is cleared by the next
 _LOG2E = math.log2(math.e)
@@ -262,7 +263,7 @@ def _backward_keys_kernel(
     t, i = parts(c, tiles)
     seen = None
     if masked:
-      seen = visible(shape, behind + c * passed, held, passed, keys_down=True)
+      seen = visible(behind + c * passed, held, passed, shape.window, keys_down=True)
     return of_tile(carry, first + t, g, i, seen)
 
   def of_head(g, carry):

@@ -80,11 +80,19 @@ def hides(shape: Shape, distance, query, key):
 
 def seen(shape: Shape, distance, query, key, keys_down: bool):
   """bool `[tile, tile]`: which keys are seen; queries across if keys go down, else the other way."""
-  place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (shape.tile, shape.tile), axis)
   apart = distance * shape.N + (query - key) * shape.tile
-  apart += place(1) - place(0) if keys_down else place(0) - place(1)
+  return visible(apart, shape.tile, shape.tile, shape.window, keys_down)
+
+
+def visible(apart, rows: int, columns: int, window: int | None, keys_down: bool) -> jax.Array:
+  """bool `[rows, columns]`: which keys of a tile are seen, whose first is `apart` before the first query.
+
+  A GPU's kernels (tiles_gpu.py) ask this too.
+  """
+  place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis)
+  apart = apart + (place(1) - place(0) if keys_down else place(0) - place(1))
   seen = apart >= 0
-  return seen if shape.window is None else seen & (apart < shape.window)
+  return seen if window is None else seen & (apart < window)
 
 
 # Maps from the place in a grid to the number of a tile. A tile that is not seen is not fetched: its

@@ -9,6 +9,8 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from famjax.kernels.tiles import parts, visible
+
 SMALLEST = 16  # rows of a tile: less the matrix units do not take
 FAM_TILE = 64  # rows of a FAM in one tile, if it has as many
 # Cards whose shared memory holds what the tiles take, 128 KiB; those for desktops have 99.
@@ -86,23 +88,9 @@ def suits(N: int, d: int) -> bool:
   return N % 64 == 0 and d <= 256 and card in _CARDS
 
 
-def parts(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-  """`x // size` and `x % size` of what is not negative, without asking for its sign."""
-  size = jnp.int32(size)
-  return jax.lax.div(x, size), jax.lax.rem(x, size)
-
-
 def loop(start, end, body: Callable, carry):
   """`fori_loop` whose counter is an int32, whatever the ends are."""
   return jax.lax.fori_loop(jnp.int32(start), end, body, carry)
-
-
-def visible(shape: Shape, apart, rows: int, columns: int, keys_down: bool) -> jax.Array:
-  """bool `[rows, columns]`: which keys are seen, of a tile whose first query is `apart` behind."""
-  place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis)
-  apart = apart + (place(1) - place(0) if keys_down else place(0) - place(1))
-  seen = apart >= 0
-  return seen if shape.window is None else seen & (apart < shape.window)
 
 
 def over_keys(shape: Shape, tiling: Tiling, before, add: Callable, carry):
@@ -126,7 +114,7 @@ def over_keys(shape: Shape, tiling: Tiling, before, add: Callable, carry):
   def tile(masked, c, carry):
     block, j = parts(c, tiles)
     away = ahead - c * passed
-    seen = visible(shape, away, held, passed, keys_down=False) if masked else None
+    seen = visible(away, held, passed, shape.window, keys_down=False) if masked else None
     return add(carry, shape.P + first + block, j, seen)
 
   carry = loop(start, whole, functools.partial(tile, shape.window is not None), carry)

@@ -85,6 +85,7 @@ def test_it_is_chosen_where_it_is_faster(monkeypatch):
   assert "pallas_call" not in jaxpr_of(single)
   assert "pallas_call" in jaxpr_of(dataclasses.replace(single, attention_kernel="pallas"))
   assert "pallas_call" in jaxpr_of(dataclasses.replace(MODEL, attention_kernel="pallas"))
+  assert "pallas_call" not in jaxpr_of(with_memory(block_size=24))
   with pytest.raises(UserError, match="on a GPU needs a block_size that 16 divides, not 24: choose"):
     jaxpr_of(dataclasses.replace(with_memory(block_size=24), attention_kernel="pallas"))
   monkeypatch.setattr(axes, "platform", lambda: "tpu")
