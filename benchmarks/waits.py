@@ -10,12 +10,16 @@ checkpoint; and what a batch takes to be made. Writes `report.json` and `table.m
 """
 
 import argparse
+import itertools
+import json
 import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+import common
 
 from famjax.evaluation import report
 
@@ -28,7 +32,11 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--steps", type=int, default=420, help="of each run")
   parser.add_argument("--every", type=int, default=100, help="steps between two checkpoints")
+  parser.add_argument("--run", help=argparse.SUPPRESS)  # see `step_seconds`
   arguments = parser.parse_args()
+  if arguments.run:
+    print(json.dumps(run(arguments.run, arguments.steps, arguments.every)))
+    return
   python = [sys.executable, "-c"]
   starts = {
       "import jax, flax": [*python, "import jax, flax"],
@@ -93,22 +101,14 @@ def batch_seconds() -> float:
 
   configuration.configure([RUN], ["RUN_DIR=unused"])
   reader = configuration._train_arguments()["train_reader"]  # pylint: disable=protected-access
-  laps = []
-  for step in range(21):
-    began = time.perf_counter()
-    reader.read(reader.start(), step)
-    laps.append(time.perf_counter() - began)
-  return statistics.median(laps)
+  steps = itertools.count()
+  return common.median(lambda: reader.read(reader.start(), next(steps)), 21)
 
 
 def step_seconds(kind: str, arguments) -> float:
   """A step's seconds in a run of its own."""
-  code = (
-      f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import waits;"
-      f" print('seconds', waits.run({kind!r}, {arguments.steps}, {arguments.every}))"
-  )
-  done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-  return float(done.stdout.split("seconds")[-1])
+  settings = f"--steps={arguments.steps}", f"--every={arguments.every}"
+  return common.printed_by(__file__, *settings, f"--run={kind}")
 
 
 def run(kind: str, steps: int, every: int) -> float:
