@@ -100,7 +100,7 @@ def batch_seconds() -> float:
   from famjax import configuration  # pylint: disable=import-outside-toplevel
 
   configuration.configure([RUN], ["RUN_DIR=unused"])
-  reader = configuration._train_arguments()["train_reader"]  # pylint: disable=protected-access
+  reader = configuration.train_arguments()["train_reader"]
   steps = itertools.count()
   return common.median(lambda: reader.read(reader.start(), next(steps)), 21)
 
@@ -123,21 +123,13 @@ def run(kind: str, steps: int, every: int) -> float:
         "TrainConfig.eval_every=0", f"TrainConfig.log_every={every}",
     ]  # fmt: skip
     configuration.configure([RUN], bindings)
-    arguments = configuration._train_arguments()  # pylint: disable=protected-access
+    arguments = configuration.train_arguments()
     if kind == "fixed batch":
       arguments["train_reader"] = Fixed(arguments["train_reader"])
-    times = {}
-    looked = loop._look_at  # pylint: disable=protected-access
-
-    def note(waiting, step, run_dir):  # the device has done these steps when it comes back
-      out = looked(waiting, step, run_dir)
-      times[step] = time.perf_counter()
-      return out
-
-    loop._look_at = note  # pylint: disable=protected-access
     loop.train(**arguments)
-  first = min(times)
-  return (times[steps] - times[first]) / (steps - first)
+    lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  logs = [log for log in map(json.loads, lines) if log["split"] == "train"]
+  return (logs[-1]["time"] - logs[0]["time"]) / (logs[-1]["step"] - logs[0]["step"])
 
 
 class Fixed:

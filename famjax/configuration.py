@@ -116,7 +116,7 @@ def train_from_gin(bindings: Sequence[str] = ()) -> TrainResult:
   Names that `bindings` set and nothing uses get a line: a study gives all of its runs the same
   ones, so that they are no error.
   """
-  arguments = _train_arguments()
+  arguments = train_arguments()
   check(**arguments, settings=operative_settings)
   for name in _unused(bindings):
     print(f"famjax: note: --gin.{name}: nothing in this run uses it", file=sys.stderr)
@@ -130,7 +130,7 @@ def evaluate_from_gin() -> dict[str, Any]:
     What it leaves in `measured.json` or `passkey.json`: see `record.measure_run` and
     `passkey.evaluate_run`.
   """
-  arguments = _train_arguments()
+  arguments = train_arguments()
   check(**arguments, settings=operative_settings)
   asked = _asked()
   evaluate = passkey.evaluate_run if isinstance(asked, passkey.PassKeyEval) else measure_run
@@ -171,7 +171,7 @@ def plan(gin_files: list[str], bindings: list[str]) -> study.Plan:
     UserError: they could not.
   """
   configure(gin_files, bindings)
-  arguments = _train_arguments()
+  arguments = train_arguments()
   run = check(**arguments, settings=operative_settings)
   asked = _asked()
   if isinstance(asked, passkey.PassKeyEval):
@@ -228,8 +228,12 @@ def _unused(bindings: Sequence[str]) -> list[str]:
   return [n for n in names if "." in n and n not in used and not n.startswith(evaluation)]
 
 
-def _train_arguments() -> dict[str, Any]:
-  """What `configure` has given `train`."""
+def train_arguments() -> dict[str, Any]:
+  """What `configure` has given `train`, by its arguments' names.
+
+  Raises:
+    UserError: gin cannot make them, or the data is not of the vocabulary that is named.
+  """
   with _gin_errors(kinds=()):
     arguments = gin.get_configurable("train")()
   name = arguments.get("vocabulary", "bytes")

@@ -301,6 +301,10 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
     i, _, count, stopped, _, _ = carry
     return (i < STEPS) & active(count, stopped).any()
 
+  def due(reading):
+    recent = reading.state.recent
+    return jnp.array(False) if recent is None else recent.due.any()
+
   def step(carry):
     i, tokens, count, stopped, reading, seen = carry
     token = sampling.pick(reading.logits, seen, samplers, reading.state.position)  # [B]
@@ -315,9 +319,19 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
     reading = Reading(logits, state, _tail(reading.tail, token[:, None], one))
     return i + 1, tokens, count + one, stopped, reading, seen
 
+  def block(outer):
+    """Tokens up to the end of a block in any row: a loop that goes through the FAM as it does the ring."""
+    _, carry = outer
+    carry = jax.lax.while_loop(lambda c: more(c) & ~due(c[-2]), step, carry)
+    *rest, reading, seen = carry
+    reading = reading.replace(state=model.write_fam(reading.state))
+    carry = *rest, reading, seen
+    return more(carry), carry
+
   nothing = jnp.zeros((B, STEPS), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
-  _, tokens, count, stopped, reading, seen = jax.lax.while_loop(
-      more, step, (jnp.int32(0), *nothing, reading, seen)
+  begin = jnp.int32(0), *nothing, reading, seen
+  _, (_, tokens, count, stopped, reading, seen) = jax.lax.while_loop(
+      lambda outer: outer[0], block, (more(begin), begin)
   )
   state = settle(reading.state)
   reading = reading.replace(state=stack(state) if model.is_unstacked else state)

@@ -240,8 +240,10 @@ class Decoder(nnx.Module):
           fam_keys, fam_values = layer.keys_values(mine.fam, memory.at_block(turns.read, 0))
           mine = mine._replace(fam_keys=fam_keys, fam_values=fam_values)
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
-      apply = within.apply_layer if layout.within else apply_layer
-      x, after = apply(layer, x, mine, layout, turns, first, kinds[kind])
+      if layout.within:
+        x, after = within.apply_layer(layer, x, mine, layout, turns, kinds[kind])
+      else:
+        x, after = apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
 
     x = self.embed(layout.place(tokens, N))
@@ -251,18 +253,50 @@ class Decoder(nnx.Module):
       prompt = self.scaled(self.fam_prompt[...])
     prefix = self.fam_prefix[...] if starting and self._has("fam_prefix") else None
     (x, _), after = self._over_layers(body, (x, prompt), prefix, layer_memories(state))
-    full = layout.full
-    updates = layout.num_blocks if full is None else full.sum(axis=1, dtype=jnp.int32)
     new = state.replace(
         position=state.position + layout.count,
-        fam_updates=state.fam_updates + (updates if config.memory.length else 0),
         fam=after.fam, fam_keys=after.fam_keys, fam_values=after.fam_values,
     )  # fmt: skip
-    if not layout.within:
-      return layout.pick(x, S), new.replace(keys=after.keys, values=after.values)
-    recent = Recent(after.recent_keys, after.recent_values, layout.recent + layout.count)
-    new = new.replace(recent=recent)
-    return layout.pick(x, S), settle(new) if state.recent is None else new
+    x, full = layout.pick(x, S), layout.full
+    if layout.within:
+      count, due = layout.recent + layout.count, full[:, 0] & bool(config.memory.length)
+      new = new.replace(recent=Recent(after.recent_keys, after.recent_values, count, due))
+      return x, settle(self.write_fam(new)) if state.recent is None else new
+    updates = layout.num_blocks if full is None else full.sum(axis=1, dtype=jnp.int32)
+    updates = state.fam_updates + (updates if config.memory.length else 0)
+    return x, new.replace(keys=after.keys, values=after.values, fam_updates=updates)
+
+  def write_fam(self, state: State) -> State:
+    """Turns the feedback loop once in rows whose block the last token of a decoding loop has filled.
+
+    Args:
+      state: with recent tokens (`state.with_recent`). Without them nothing is due.
+
+    Returns:
+      The state with their FAM, its keys and its values, in all layers. The loop may go on.
+    """
+    config = self.config
+    if state.recent is None or not config.memory.length:
+      return state
+    block = state.position // config.memory.block_size - 1  # [B], the full one
+    kinds = [config.of_kind(kind) for kind in config.kinds()]
+    write = [fam_turn(block, state.offset, kind) for kind in kinds]
+    read = [fam_turn(block - 1, state.offset, kind) for kind in kinds]
+
+    def layer_fam(kind, carry, layer, prefix, mine):
+      del prefix
+      return carry, within.write_fam(layer, mine, state, write[kind], read[kind])
+
+    def written():
+      new = self._over_layers(layer_fam, (), None, layer_memories(state))[1]
+      return new.fam, new.fam_keys, new.fam_values
+
+    due, old = state.recent.due, (state.fam, state.fam_keys, state.fam_values)
+    fam, keys, values = jax.lax.cond(jnp.any(due), written, lambda: old)
+    return state.replace(
+        fam=fam, fam_keys=keys, fam_values=values, fam_updates=state.fam_updates + due,
+        recent=state.recent.replace(due=jnp.zeros_like(due)),
+    )  # fmt: skip
 
   def _over_layers(self, body, carry, prefix, remembered):
     """`jax.lax.scan` over stacked layers, or a loop over unstacked ones: `body` of its kind each."""
@@ -332,15 +366,20 @@ class Decoder(nnx.Module):
 
 def turns_of(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
   """The rotations of a call, for layers of one kind; `offset` int32 `[B]` is the rows'."""
-  N, frequency = config.memory.block_size, rope.frequencies(config)
-  turn = lambda positions, fraction=0.0: rope.rotation(positions, frequency, fraction)
-  fam_turn = lambda block, offset: turn(*rope.fam_positions(block, offset, config.memory))
+  N = config.memory.block_size
+  positions = layout.positions(N) + offset[:, None, None]
   block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
   next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
   return memory.Turns(
-      token=turn(layout.positions(N) + offset[:, None, None]),
-      write=fam_turn(block, offset[:, None]),
-      read=fam_turn(block - 1, offset[:, None]),
-      after=fam_turn(next_block - 1, offset),
-      prompt=fam_turn(jnp.int32(-1), jnp.int32(0)),
+      token=rope.rotation(positions, rope.frequencies(config)),
+      write=fam_turn(block, offset[:, None], config),
+      read=fam_turn(block - 1, offset[:, None], config),
+      after=fam_turn(next_block - 1, offset, config),
+      prompt=fam_turn(jnp.int32(-1), jnp.int32(0), config),
   )
+
+
+def fam_turn(block: jax.Array, offset: jax.Array, config: ModelConfig) -> memory.Turn:
+  """The rotation of the FAM that blocks `block` write, for layers of one kind; see `rope`."""
+  positions, fraction = rope.fam_positions(block, offset, config.memory)
+  return rope.rotation(positions, rope.frequencies(config), fraction)

@@ -17,11 +17,13 @@ class Recent:
     keys: `[L, B, K, s, d]`, rotated.
     values: as `keys`.
     count: int32 `[B]`, how many of the s places are in use.
+    due: bool `[B]`, the last one filled the row's block: `Decoder.write_fam` comes before the next.
   """
 
   keys: jax.Array
   values: jax.Array
   count: jax.Array
+  due: jax.Array
 
 
 @struct.dataclass
@@ -191,13 +193,15 @@ def restart(state: State, rows: jax.Array, *, fam: jax.Array, fam_updates: jax.A
 def with_recent(state: State, size: int) -> State:
   """The state with room for at most `size` tokens beside the ring, for a decoding loop.
 
-  One without a ring stays as it is.
+  The loop asks `Decoder.write_fam` for the FAM of rows whose block a token has filled, before the
+  next token. A state without a ring stays as it is.
   """
   if state.keys is None:
     return state
   room = lambda ring: jnp.zeros((*ring.shape[:-3], size, ring.shape[-1]), ring.dtype)
   keys, values = jax.tree.map(room, (state.keys, state.values))
-  return state.replace(recent=Recent(keys, values, jnp.zeros_like(state.position)))
+  none = jnp.zeros_like(state.position)
+  return state.replace(recent=Recent(keys, values, none, none > 0))
 
 
 def settle(state: State) -> State:

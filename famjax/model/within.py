@@ -2,9 +2,11 @@
 
 A ring is far larger than the few tokens that such a call adds. It stays as it is: the tokens' keys
 and values are given out beside it, and `state.settle` puts them into it, after every call, or once
-for all tokens of a decoding loop, which then goes through the ring but never copies it. The
-feedback loop turns once, for the rows whose block is full now.
+for all tokens of a decoding loop, which then goes through the ring but never copies it. So does the
+FAM: the feedback loop turns once when a row's block is full, in all layers, after the call.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ from famjax.model.attention import KeySet, attend
 from famjax.model.blocks import Layout
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.layers import Layer
-from famjax.model.memory import Turns
-from famjax.model.state import LayerMemory
+from famjax.model.memory import Turn, Turns
+from famjax.model.state import LayerMemory, State
 
 
 def apply_layer(
@@ -24,7 +26,6 @@ def apply_layer(
     mine: LayerMemory,
     layout: Layout,
     turns: Turns,
-    first: jax.Array,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerMemory]:
   """`decoder.apply_layer` for a call within a block.
@@ -35,12 +36,12 @@ def apply_layer(
     mine: the layer's memory before the call.
     layout: where the tokens stand.
     turns: rotations.
-    first: bool `[B]`, the FAM has not been written yet.
     config: of the model.
 
   Returns:
-    `x'` `[B, 1, n, D]`, and the layer's memory after the call, but for its ring, which is as it was:
-    `recent_keys` and `recent_values` `[B, K, s, d]` hold the tokens that are not in it.
+    `x'` `[B, 1, n, D]`, and the layer's memory after the call, but for its ring and its FAM, which are
+    as they were: `recent_keys` and `recent_values` `[B, K, s, d]` hold the tokens that are not in the
+    ring, and `write_fam` makes the FAM.
   """
   queries, keys, values = layer.project(x, turns.token, turns.token)
   recent = (
@@ -56,25 +57,35 @@ def apply_layer(
   after = mine._replace(keys=None, values=None, recent_keys=recent[0], recent_values=recent[1])
   if config.memory.length:  # FAM
     key_sets.insert(-1, KeySet(mine.fam_keys[:, None], mine.fam_values[:, None]))
-    fam, fam_keys, fam_values = _feedback(layer, mine, recent, layout, turns, first)
-    after = after._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
   return layer.close(attend(queries, key_sets, layer.cap), x), after
 
 
-def _feedback(layer, mine, recent, layout, turns, first):
-  """The FAM after the call, new in the rows whose block is full now, and its keys and values."""
-  full = layout.full[:, 0]
+def write_fam(
+    layer: Layer, mine: LayerMemory, state: State, write: Turn, read: Turn
+) -> LayerMemory:
+  """One turn of the feedback loop for the rows whose block is full (`state.recent.due`).
 
-  def write():
-    fam, _, _ = memory.update(
-        layer, mine.fam,
-        _own_block(mine.keys, recent[0], layout), _own_block(mine.values, recent[1], layout),
-        memory.at_block(turns.write, 0), memory.at_block(turns.read, 0), first,
-    )  # fmt: skip
-    fam = jnp.where(full[:, None, None], fam, mine.fam)
-    return fam, *layer.keys_values(fam, turns.after)
+  Args:
+    layer: its weights.
+    mine: the layer's memory.
+    state: where the rows stand.
+    write: turns `[B, F, d/2]` of the FAM that the full block writes.
+    read: of the one before it.
 
-  return jax.lax.cond(jnp.any(full), write, lambda: (mine.fam, mine.fam_keys, mine.fam_values))
+  Returns:
+    The FAM with its keys and values, as they were in the other rows; and nothing else.
+  """
+  due, count = state.recent.due, state.recent.count
+  own = functools.partial(_own_block, position=state.position, count=count)
+  first = state.fam_updates == 0
+  fam, _, _ = memory.update(
+      layer, mine.fam, own(mine.keys, mine.recent_keys), own(mine.values, mine.recent_values),
+      write, read, first,
+  )  # fmt: skip
+  new = fam, *layer.keys_values(fam, write)
+  old = mine.fam, mine.fam_keys, mine.fam_values
+  keep = lambda new, old: jnp.where(due.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+  return LayerMemory(None, None, *map(keep, new, old))
 
 
 def _append(recent, new, layout):
@@ -86,13 +97,13 @@ def _append(recent, new, layout):
   return recent.at[row, :, place].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
 
-def _own_block(ring, recent, layout):
-  """`[B, 1, K, N, d]`: the block that rows are in, from a layer's ring and what is not yet in it."""
+def _own_block(ring, recent, position, count):
+  """`[B, 1, K, N, d]`: the block that ends at `position`, the last `count` tokens being recent ones."""
   row, (R, N) = jnp.arange(ring.shape[0]), ring.shape[2:4]
-  place = jnp.arange(N) - (layout.slot - layout.recent)[:, None]  # [B, N], among the recent
+  place = jnp.arange(N) - (N - count)[:, None]  # [B, N], among the recent
   late = jnp.take_along_axis(recent, place.clip(0, recent.shape[2] - 1)[:, None, :, None], axis=2)
-  own = jnp.where((place >= 0)[:, None, :, None], late, ring[row, :, layout.block % R])
-  return own[:, None]
+  stored = ring[row, :, (position // N - 1) % R]
+  return jnp.where((place >= 0)[:, None, :, None], late, stored)[:, None]
 
 
 def _as_block(ring):

@@ -16,8 +16,9 @@ from famjax.training.flops import FlopsPerToken, utilisation
 class MetricsWriter:
   """Writes metrics to `metrics.jsonl` and to TensorBoard event files in one directory.
 
-  A line of the file is `{"step": 100, "split": "train", "loss": 1.5, ...}`; `step` counts finished
-  steps, and a value that is not a finite number is null. Lines beyond the step that a run resumes
+  A line of the file is `{"step": 100, "split": "train", "time": 1764000000.0, "loss": 1.5, ...}`: `step`
+  counts finished steps, `time` is when they were (seconds of Unix), and a value that is not a finite
+  number is null. Lines beyond the step that a run resumes
   from are taken out first, so that no step stands in it twice.
 
   Attributes:
@@ -43,7 +44,7 @@ class MetricsWriter:
   def write(self, step: int, split: str, values: dict[str, float | None]) -> None:
     """Writes one line of the file, and one point per value as `split/name`."""
     finite = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
-    line = {"step": step, "split": split, **{k: finite.get(k) for k in values}}
+    line = {"step": step, "split": split, "time": time.time(), **{k: finite.get(k) for k in values}}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     if self._events is not None:

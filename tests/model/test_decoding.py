@@ -6,6 +6,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def step(config, params, tokens, state, lengths, end):
   """One token of each row, in a loop that leaves the ring as it is."""
   model = cases.model(config, params)
   logits, state = model(tokens, state, lengths=lengths)
+  state = model.write_fam(state)
   return logits, settle(state) if end else state
 
 
@@ -54,6 +56,30 @@ def test_tokens_beside_the_ring_count_like_tokens_in_it(config, seed, data):
       np.testing.assert_allclose(logits[row], expected[row], **cases.TOLERANCE)
   for row in range(BATCH):
     cases.assert_same_row(config, state, row, plain.state, row)
+
+
+def conditions(jaxpr: core.Jaxpr) -> int:
+  """How often a program asks before it goes on, in each turn of its loops."""
+  asked = 0
+  for eqn in jaxpr.eqns:
+    inside = sum(map(conditions, core.jaxprs_in_params(eqn.params)))
+    asked += inside * eqn.params.get("length", 1) + (eqn.primitive.name == "cond")
+  return asked
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_token_of_a_loop_asks_for_nothing_and_a_full_block_once_for_all_layers(apart):
+  """What a condition takes and gives would be copied for each token, or in each layer."""
+  config = cases.FAM[0]
+  params = cases.random_params(config, 0)
+  model, state = cases.model(config, params), cases.init_state(config, params)
+  if apart:
+    model, state = model.unstacked(), unstack(state)
+  tokens, loop = jnp.zeros((BATCH, 1), jnp.int32), with_recent(state, ROOM)
+  asked = lambda function, *given: conditions(jax.make_jaxpr(function)(*given).jaxpr)
+  assert config.num_layers > 1
+  assert asked(lambda tokens: model(tokens, loop), tokens) == 0
+  assert asked(model.write_fam, loop) == asked(lambda tokens: model(tokens, state), tokens) == 1
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "how"), compiler_options=cases.QUICK)
