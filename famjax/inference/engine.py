@@ -133,7 +133,7 @@ class Engine:
   @functools.cached_property
   def _writer(self):
     """Graph and parameters that `write` uses."""
-    if jax.default_backend() != "cpu" or strategy.of(self.config.memory) is not None:
+    if jax.default_backend() == "tpu" or strategy.of(self.config.memory) is not None:
       return self.graphdef, self.params
     return nnx.split(nnx.merge(self.graphdef, self.params).unstacked())
 

@@ -48,16 +48,19 @@ def attend(
   B, T, H, n, d = queries.shape
   K = key_sets[0].keys.shape[2]
   G = H // K
-  if G * n == 1 and axes.platform() == "tpu":
-    # Of one vector and a matrix XLA makes a sum on a TPU, for which it copies all values as float32:
-    # four times the cycles of two vectors (docs/results/kernels.md).
+  if G * n == 1 and axes.platform() in ("tpu", "gpu"):
+    # Of one vector and a matrix XLA makes a sum there, for which it writes all values as float32: on a
+    # TPU four times the cycles of two vectors (docs/results/kernels.md).
     both = jnp.pad(queries, [(0, 0)] * 3 + [(0, 1), (0, 0)])
     return attend(both, key_sets, cap)[:, :, :, :1]
   # The G heads that share keys stand in one axis with their n tokens, `g`: with two axes there, XLA
   # copies the keys on a CPU, five times the work of a decoding step.
   queries = queries.reshape(B, T, K, G * n, d)
   key_sets = [one for one in key_sets if one.keys.shape[3]]  # none has a maximum of nothing
-  scores = [_scores(queries[:, T - one.keys.shape[1] :], one, G, cap) for one in key_sets]
+  of = [queries[:, T - one.keys.shape[1] :] for one in key_sets]
+  if axes.platform() == "gpu":  # of the same queries XLA would make one product, and copy all keys for it
+    of[0] = jax.lax.optimization_barrier(of[0])
+  scores = [_scores(queries, one, G, cap) for queries, one in zip(of, key_sets)]
   top = [_pad_blocks(score.max(axis=-1), T, _MASKED) for score in scores]
   top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))  # [B, T, K, G, n]
   out = total = 0

@@ -11,10 +11,12 @@ from famjax.model.config import BUILT_IN, ModelConfig
 
 @struct.dataclass
 class Recent:
-  """The last tokens of a decoding loop, which leaves the ring as it is; `settle` puts them into it.
+  """What a decoding loop sees beside the ring, which it leaves as it is: the FAM and the last tokens.
+
+  `settle` puts the tokens into the ring.
 
   Attributes:
-    keys: `[L, B, K, s, d]`, rotated.
+    keys: `[L, B, K, F + s, d]`, rotated: the FAM's, then the tokens'.
     values: as `keys`.
     count: int32 `[B]`, how many of the s places are in use.
     due: bool `[B]`, the last one filled the row's block: `Decoder.write_fam` comes before the next.
@@ -198,8 +200,8 @@ def with_recent(state: State, size: int) -> State:
   """
   if state.keys is None:
     return state
-  room = lambda ring: jnp.zeros((*ring.shape[:-3], size, ring.shape[-1]), ring.dtype)
-  keys, values = jax.tree.map(room, (state.keys, state.values))
+  more = lambda fam: jnp.pad(fam, [(0, 0)] * (fam.ndim - 2) + [(0, size), (0, 0)])
+  keys, values = jax.tree.map(more, (state.fam_keys, state.fam_values))
   none = jnp.zeros_like(state.position)
   return state.replace(recent=Recent(keys, values, none, none > 0))
 
@@ -210,10 +212,12 @@ def settle(state: State) -> State:
     return state
   count = state.recent.count
   begin = state.position - count
+  F = jax.tree.leaves(state.fam_keys)[0].shape[-2]
 
   def put(ring, new):
-    """`ring` `[B, K, M+1, N, d]` with `new` `[B, K, s, d]`."""
+    """`ring` `[B, K, M+1, N, d]` with the tokens of `new` `[B, K, F + s, d]`."""
     R, N = ring.shape[2:4]
+    new = new[:, :, F:]
     place = jnp.arange(new.shape[2])
     position = begin[:, None] + place  # [B, s]
     kept = (place < count[:, None]) & (position >= (state.position - R * N)[:, None])

@@ -6,8 +6,6 @@ for all tokens of a decoding loop, which then goes through the ring but never co
 FAM: the feedback loop turns once when a row's block is full, in all layers, after the call.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -40,23 +38,23 @@ def apply_layer(
 
   Returns:
     `x'` `[B, 1, n, D]`, and the layer's memory after the call, but for its ring and its FAM, which are
-    as they were: `recent_keys` and `recent_values` `[B, K, s, d]` hold the tokens that are not in the
-    ring, and `write_fam` makes the FAM.
+    as they were: `recent_keys` and `recent_values` `[B, K, F + s, d]` hold the FAM's and those of the
+    tokens that are not in the ring, and `write_fam` makes the FAM.
   """
   queries, keys, values = layer.project(x, turns.token, turns.token)
+  F = config.memory.length
   recent = (
-      _append(mine.recent_keys, keys[:, 0], layout),
-      _append(mine.recent_values, values[:, 0], layout),
+      _append(mine.recent_keys, mine.fam_keys, keys[:, 0], layout),
+      _append(mine.recent_values, mine.fam_values, values[:, 0], layout),
   )
   seen = lambda ring: _as_block(_cut(ring, layout) if config.memory.stop_gradient else ring)
-  in_ring, in_recent = _masks(layout, recent[0].shape[2], config.memory)
+  in_ring, in_recent = _masks(layout, recent[0].shape[2] - F, config.memory)
+  in_recent = jnp.pad(in_recent, [(0, 0)] * 5 + [(F, 0)], constant_values=True)  # all see the FAM
   key_sets = [
       KeySet(seen(mine.keys), seen(mine.values), in_ring),
       KeySet(recent[0][:, None], recent[1][:, None], in_recent),
   ]
   after = mine._replace(keys=None, values=None, recent_keys=recent[0], recent_values=recent[1])
-  if config.memory.length:  # FAM
-    key_sets.insert(-1, KeySet(mine.fam_keys[:, None], mine.fam_values[:, None]))
   return layer.close(attend(queries, key_sets, layer.cap), x), after
 
 
@@ -73,36 +71,37 @@ def write_fam(
     read: of the one before it.
 
   Returns:
-    The FAM with its keys and values, as they were in the other rows; and nothing else.
+    The FAM with its keys and values, as they were in the other rows; the ring is left out.
   """
-  due, count = state.recent.due, state.recent.count
-  own = functools.partial(_own_block, position=state.position, count=count)
-  first = state.fam_updates == 0
+  due, F = state.recent.due, mine.fam.shape[1]
+  own = lambda ring, recent: _own_block(ring, recent[:, :, F:], state)
   fam, _, _ = memory.update(
       layer, mine.fam, own(mine.keys, mine.recent_keys), own(mine.values, mine.recent_values),
-      write, read, first,
+      write, read, state.fam_updates == 0,
   )  # fmt: skip
   new = fam, *layer.keys_values(fam, write)
   old = mine.fam, mine.fam_keys, mine.fam_values
   keep = lambda new, old: jnp.where(due.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-  return LayerMemory(None, None, *map(keep, new, old))
+  fam, *new = map(keep, new, old)
+  beside = [x.at[:, :, :F].set(y) for x, y in zip((mine.recent_keys, mine.recent_values), new)]
+  return LayerMemory(None, None, fam, *new, *beside)
 
 
-def _append(recent, new, layout):
-  """`[B, K, s, d]`: the call's tokens `[B, K, n, d]` behind the recent ones, if there are any."""
+def _append(recent, fam, new, layout):
+  """`[B, K, F + s, d]`: the call's tokens `[B, K, n, d]` behind the FAM's and the recent ones."""
   if recent is None:
-    return new
+    return jnp.concatenate([fam, new], axis=2)
   row = jnp.arange(new.shape[0])[:, None]
-  place = layout.recent[:, None] + jnp.arange(layout.num_slots)  # [B, n]
+  place = (fam.shape[2] + layout.recent)[:, None] + jnp.arange(layout.num_slots)  # [B, n]
   return recent.at[row, :, place].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
 
-def _own_block(ring, recent, position, count):
-  """`[B, 1, K, N, d]`: the block that ends at `position`, the last `count` tokens being recent ones."""
+def _own_block(ring, recent, state):
+  """`[B, 1, K, N, d]`: the block that ends at a row's position, the last tokens being recent ones."""
   row, (R, N) = jnp.arange(ring.shape[0]), ring.shape[2:4]
-  place = jnp.arange(N) - (N - count)[:, None]  # [B, N], among the recent
+  place = jnp.arange(N) - (N - state.recent.count)[:, None]  # [B, N], among the recent
   late = jnp.take_along_axis(recent, place.clip(0, recent.shape[2] - 1)[:, None, :, None], axis=2)
-  stored = ring[row, :, (position // N - 1) % R]
+  stored = ring[row, :, (state.position // N - 1) % R]
   return jnp.where((place >= 0)[:, None, :, None], late, stored)[:, None]
 
 

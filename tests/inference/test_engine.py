@@ -221,7 +221,7 @@ def test_rows_write_what_each_writes_alone(kind):
 
 
 def test_stacked_layers_write_what_unstacked_ones_write(monkeypatch):
-  """The form that accelerators use, of which a CPU makes no use otherwise."""
+  """The form that a TPU uses, of which a CPU makes no use otherwise."""
   mine = make("fam")
   reading = mine.read(draw(3, 6, 9), mine.start(2))
   expected, after = write("fam", reading, [STEPS + 3, 9])

@@ -155,8 +155,9 @@ def test_a_step_on_a_tpu_goes_through_the_ring_without_a_copy(kv_heads):
   assert hlo.memory_of(program)["temp"] < state.keys.size * 2 / 10
 
 
-def test_a_second_query_of_zeros_changes_nothing(monkeypatch):
-  """What a TPU is given for one query a head: masks, caps and sets as they are."""
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_second_query_of_zeros_changes_nothing(monkeypatch, platform):
+  """What accelerators are given for one query a head: masks, caps and sets as they are."""
   draw = lambda key, *shape: jax.random.normal(jax.random.key(key), shape)
   mask = jnp.array([[True, False, True], [True, True, False]])[:, None, None, None, None]
   sets = [
@@ -165,5 +166,5 @@ def test_a_second_query_of_zeros_changes_nothing(monkeypatch):
   ]
   queries = draw(4, 2, 1, 4, 1, 8)
   plain = attention.attend(queries, sets, 2.0)
-  monkeypatch.setattr(axes, "platform", lambda: "tpu")
+  monkeypatch.setattr(axes, "platform", lambda: platform)
   np.testing.assert_allclose(attention.attend(queries, sets, 2.0), plain, rtol=1e-6, atol=1e-6)
