@@ -46,7 +46,7 @@ def test_the_gpu_benchmark_measures_what_is_there(tmp_path):
 def test_every_benchmark_says_what_it_does():
   for name in (
       "streaming.py", "against_transformers.py", "finetune.py", "paper.py", "peers.py", "tpu_compile.py",
-      "gpu.py", "waits.py",
+      "gpu.py", "gpu_compile.py", "waits.py",
   ):  # fmt: skip
     command = [sys.executable, BENCHMARKS / name, "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -320,7 +320,7 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
     return i + 1, tokens, count + one, stopped, reading, seen
 
   def block(outer):
-    """Tokens up to the end of a block in any row: a loop that goes through the FAM as it does the ring."""
+    """Tokens until some row's block is full, then its FAM; the inner loop only reads FAM and ring."""
     _, carry = outer
     carry = jax.lax.while_loop(lambda c: more(c) & ~due(c[-2]), step, carry)
     *rest, reading, seen = carry

@@ -341,7 +341,7 @@ class Model:
     """Raises UserError for a state of another configuration."""
     expected = _state_shapes(self.config, state.position.shape[0])
     if state.recent is not None:
-      raise UserError("the state has tokens that are not in its ring yet: settle it first")
+      raise UserError("the state has tokens that are not in its ring yet: write_fam and settle it first")
     ours, theirs = _described(expected), _described(state)
     for name in ours | theirs:
       if ours.get(name) != theirs.get(name):

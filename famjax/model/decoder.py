@@ -2,8 +2,9 @@
 
 Layer by layer (SPEC section 4): the feedback loop is closed within a layer, and the initial FAM
 sees no token, so that a layer reads the whole call before the next one starts. Stacked layers run under
-one `jax.lax.scan`; inside a layer, `memory.feedback` scans over blocks with the FAM as its carry.
-Training, prefill and decoding are this one definition, with other shapes.
+one `jax.lax.scan`; inside a layer, `memory.feedback` scans over blocks with the FAM as its carry; of a
+call within a block, `write_fam` turns it after all layers. Training, prefill and decoding are this one
+definition, with other shapes.
 """
 
 from flax import nnx
@@ -225,7 +226,9 @@ class Decoder(nnx.Module):
     N = config.memory.block_size
     layout = blocks.make_layout(state, S, lengths, aligned=aligned, within=within_block, N=N)
     if state.recent is not None and (starting or not layout.within):
-      raise ValueError("a state with recent tokens reads on within a block alone: settle it first")
+      raise ValueError(
+          "a state with recent tokens reads on within a block alone: write_fam and settle it first"
+      )
     kinds = [config.of_kind(kind) for kind in config.kinds()]
     turns_of_kinds = [turns_of(layout, state.offset, kind) for kind in kinds]
     first = state.fam_updates == 0
@@ -237,11 +240,12 @@ class Decoder(nnx.Module):
         here = initial if prefix is None else prefix.astype(x.dtype)
         mine = mine._replace(fam=jnp.where(start_of_sequence[:, None, None], here, mine.fam))
         if layout.within:  # on a grid, the feedback loop makes them
-          fam_keys, fam_values = layer.keys_values(mine.fam, memory.at_block(turns.read, 0))
+          read = fam_turn(layout.block - 1, state.offset, kinds[kind])
+          fam_keys, fam_values = layer.keys_values(mine.fam, read)
           mine = mine._replace(fam_keys=fam_keys, fam_values=fam_values)
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
       if layout.within:
-        x, after = within.apply_layer(layer, x, mine, layout, turns, kinds[kind])
+        x, after = within.apply_layer(layer, x, mine, layout, turns.token, kinds[kind])
       else:
         x, after = apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
@@ -260,6 +264,8 @@ class Decoder(nnx.Module):
     x, full = layout.pick(x, S), layout.full
     if layout.within:
       count, due = layout.recent + layout.count, full[:, 0] & bool(config.memory.length)
+      if state.recent is not None:
+        due |= state.recent.due & (layout.count == 0)
       new = new.replace(recent=Recent(after.recent_keys, after.recent_values, count, due))
       return x, settle(self.write_fam(new)) if state.recent is None else new
     updates = layout.num_blocks if full is None else full.sum(axis=1, dtype=jnp.int32)
@@ -267,7 +273,7 @@ class Decoder(nnx.Module):
     return x, new.replace(keys=after.keys, values=after.values, fam_updates=updates)
 
   def write_fam(self, state: State) -> State:
-    """Turns the feedback loop once in rows whose block the last token of a decoding loop has filled.
+    """Turns the feedback loop once in rows whose block the last call within it has filled.
 
     Args:
       state: with recent tokens (`state.with_recent`). Without them nothing is due.
@@ -278,6 +284,8 @@ class Decoder(nnx.Module):
     config = self.config
     if state.recent is None or not config.memory.length:
       return state
+    if self.is_unstacked and not isinstance(state.fam, tuple):
+      state = unstack(state)
     block = state.position // config.memory.block_size - 1  # [B], the full one
     kinds = [config.of_kind(kind) for kind in config.kinds()]
     write = [fam_turn(block, state.offset, kind) for kind in kinds]

@@ -25,7 +25,7 @@ Turn = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
 class Turns(NamedTuple):
-  """Cosines and sines of a call, the same in all layers.
+  """Cosines and sines of a call, the same in all layers; within a block only those of tokens count.
 
   Attributes:
     token: `[B, T, n, d/2]`, at the tokens' positions.
@@ -40,11 +40,6 @@ class Turns(NamedTuple):
   read: Turn
   after: Turn
   prompt: Turn
-
-
-def at_block(turn: Turn, t: int) -> Turn:
-  """One block's part of turns `[B, T, ...]`."""
-  return jax.tree.map(lambda x: x[:, t], turn)
 
 
 class Feedback(NamedTuple):

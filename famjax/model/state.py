@@ -19,7 +19,8 @@ class Recent:
     keys: `[L, B, K, F + s, d]`, rotated: the FAM's, then the tokens'.
     values: as `keys`.
     count: int32 `[B]`, how many of the s places are in use.
-    due: bool `[B]`, the last one filled the row's block: `Decoder.write_fam` comes before the next.
+    due: bool `[B]`, the row's last token filled its block: `Decoder.write_fam` comes before the next, and
+      before `settle`.
   """
 
   keys: jax.Array
@@ -51,7 +52,7 @@ class State:
     keys: `[L, B, K, M+1, N, d]`, rotated keys of the last M full blocks and of the block that is
       being filled; block `c` of a row stands at `c % (M+1)`. None: no row has a past.
     values: as `keys`.
-    fam: `[L, B, F, D]`, each layer's FAM after the row's last full block.
+    fam: `[L, B, F, D]`, each layer's FAM after the row's last full block (`Recent.due`: not yet).
     fam_keys: `[L, B, K, F, d]`, its keys, rotated for the next block's queries; kept so that a
       decoding step does not make them again.
     fam_values: `[L, B, K, F, d]`.
@@ -196,7 +197,8 @@ def with_recent(state: State, size: int) -> State:
   """The state with room for at most `size` tokens beside the ring, for a decoding loop.
 
   The loop asks `Decoder.write_fam` for the FAM of rows whose block a token has filled, before the
-  next token. A state without a ring stays as it is.
+  next token. It is not for gradients where `stop_gradient` is set, which is done to the ring alone. A
+  state without a ring stays as it is.
   """
   if state.keys is None:
     return state
@@ -207,7 +209,10 @@ def with_recent(state: State, size: int) -> State:
 
 
 def settle(state: State) -> State:
-  """Puts the recent tokens into the ring, in place where its buffer can be used again."""
+  """Puts the recent tokens into the ring, in place where its buffer can be used again.
+
+  No row's FAM may be due any more: it would stay as it is.
+  """
   if state.recent is None:
     return state
   count = state.recent.count

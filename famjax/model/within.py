@@ -2,8 +2,8 @@
 
 A ring is far larger than the few tokens that such a call adds. It stays as it is: the tokens' keys
 and values are given out beside it, and `state.settle` puts them into it, after every call, or once
-for all tokens of a decoding loop, which then goes through the ring but never copies it. So does the
-FAM: the feedback loop turns once when a row's block is full, in all layers, after the call.
+for all tokens of a decoding loop, which then goes through the ring but never copies it. The FAM, too,
+stays as it is, up to the end of a row's block: then the feedback loop turns once, after the call.
 """
 
 import jax
@@ -14,7 +14,7 @@ from famjax.model.attention import KeySet, attend
 from famjax.model.blocks import Layout
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.layers import Layer
-from famjax.model.memory import Turn, Turns
+from famjax.model.memory import Turn
 from famjax.model.state import LayerMemory, State
 
 
@@ -23,7 +23,7 @@ def apply_layer(
     x: jax.Array,
     mine: LayerMemory,
     layout: Layout,
-    turns: Turns,
+    turn: Turn,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerMemory]:
   """`decoder.apply_layer` for a call within a block.
@@ -33,7 +33,7 @@ def apply_layer(
     x: `[B, 1, n, D]`, the layer's input.
     mine: the layer's memory before the call.
     layout: where the tokens stand.
-    turns: rotations.
+    turn: `[B, 1, n, d/2]`, of the tokens.
     config: of the model.
 
   Returns:
@@ -41,7 +41,7 @@ def apply_layer(
     as they were: `recent_keys` and `recent_values` `[B, K, F + s, d]` hold the FAM's and those of the
     tokens that are not in the ring, and `write_fam` makes the FAM.
   """
-  queries, keys, values = layer.project(x, turns.token, turns.token)
+  queries, keys, values = layer.project(x, turn, turn)
   F = config.memory.length
   recent = (
       _append(mine.recent_keys, mine.fam_keys, keys[:, 0], layout),

@@ -1,7 +1,7 @@
 """What a compiled program does and sends between devices, read from its text.
 
-What stands in the body of a loop counts as often as the loop turns. XLA's text gives a loop's end
-as a constant of its condition, and its own cost analysis counts the body of a loop once.
+What stands in the body of a loop counts as often as the loop turns. XLA's text says so beside the
+loop, or gives its end as a constant of its condition; its own cost analysis counts the body once.
 """
 
 import collections
@@ -17,9 +17,11 @@ _BYTES = {
 _HEAD = re.compile(r"^(ENTRY )?(%[\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _WHILE = re.compile(r"\bwhile\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
-)
+_NAMES = r"=\{?((?:%[\w.\-]+(?:, )?)+)"
+_CALLED = re.compile(f"(?:calls|to_apply|called_computations){_NAMES}")
+_BRANCHES = re.compile(f"(?:branch_computations|true_computation|false_computation){_NAMES}")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_FUSED = re.compile(r"(?:calls|to_apply)=(%[\w.\-]+)")
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
@@ -113,6 +115,40 @@ def estimated_cycles(text: str) -> int | None:
   ) or None
 
 
+class Kernels(NamedTuple):
+  """What a program starts on a device in the same loops.
+
+  Attributes:
+    loops: turns of the loops around it, the outermost first.
+    count: how many there are in the program.
+    bytes: of all of their results, each once; what is written into a part of an array that is there
+      already counts nothing.
+  """
+
+  loops: tuple[int, ...]
+  count: int
+  bytes: int
+
+
+def kernels(text: str) -> list[Kernels]:
+  """Counts what a compiled program starts: fusions, copies, calls of libraries.
+
+  Args:
+    text: as above. Branches of conditions are left out.
+  """
+  bodies, entry = _computations(text)
+  within = {name for lines in bodies.values() for line in lines for name in _FUSED.findall(line)}
+  counts, sizes = collections.Counter(), collections.Counter()
+  for name, around in _loops_around(bodies, entry, branches=False).items():
+    if name in within:
+      continue
+    for result, shapes, kind, _ in filter(None, map(_parts, bodies[name])):
+      if kind not in (*_MOVES_NOTHING, "while", "conditional"):
+        counts[around] += 1
+        sizes[around] += 0 if "dynamic-update-slice" in result.replace("_", "-") else _bytes(shapes, None)
+  return [Kernels(around, count, sizes[around]) for around, count in sorted(counts.items())]
+
+
 def moved_bytes(text: str) -> int:
   """Bytes that a TPU program without loops takes from a chip's main memory, and brings there.
 
@@ -153,15 +189,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _loops_around(bodies: dict[str, list[str]], entry: str) -> dict[str, tuple[int, ...]]:
+def _loops_around(
+    bodies: dict[str, list[str]], entry: str, branches: bool = True
+) -> dict[str, tuple[int, ...]]:
   """Turns of the loops around every computation that the program reaches, the innermost last."""
   loops, to_do = {entry: ()}, [entry]
   while to_do:
     name = to_do.pop()
     for line in bodies[name]:
-      called = [(c, ()) for names in _CALLED.findall(line) for c in names.split(", ")]
+      named = _CALLED.findall(line) + (_BRANCHES.findall(line) if branches else [])
+      called = [(c, ()) for names in named for c in names.split(", ")]
       if match := _WHILE.search(line):
-        called.append((match[2], (_turns(bodies[match[1]]),)))
+        known = _KNOWN.search(line)
+        turns = int(known[1]) if known else _turns(bodies[match[1]])
+        called.append((match[2], (turns,)))
       for other, turns in called:
         around = loops[name] + turns
         if other in bodies and math.prod(around) > math.prod(loops.get(other, (0,))):

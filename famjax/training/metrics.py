@@ -17,9 +17,9 @@ class MetricsWriter:
   """Writes metrics to `metrics.jsonl` and to TensorBoard event files in one directory.
 
   A line of the file is `{"step": 100, "split": "train", "time": 1764000000.0, "loss": 1.5, ...}`: `step`
-  counts finished steps, `time` is when they were (seconds of Unix), and a value that is not a finite
-  number is null. Lines beyond the step that a run resumes
-  from are taken out first, so that no step stands in it twice.
+  counts finished steps, `time` is when the line was written (Unix, seconds), and a value that is not a
+  finite number is null. Lines beyond the step that a run resumes from are taken out first, so that no
+  step stands in it twice.
 
   Attributes:
     note: why there are no event files although they were asked for; else None.

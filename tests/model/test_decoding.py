@@ -128,7 +128,7 @@ def test_a_waiting_state_reads_on_within_a_block_alone():
   params = cases.random_params(config, 0)
   model = cases.model(config, params)
   state = with_recent(cases.init_state(config, params), ROOM)
-  with pytest.raises(ValueError, match="settle it first"):
+  with pytest.raises(ValueError, match="write_fam and settle it first"):
     model(jnp.zeros((BATCH, 3), jnp.int32), state)
 
 
@@ -168,3 +168,18 @@ def test_a_second_query_of_zeros_changes_nothing(monkeypatch, platform):
   plain = attention.attend(queries, sets, 2.0)
   monkeypatch.setattr(axes, "platform", lambda: platform)
   np.testing.assert_allclose(attention.attend(queries, sets, 2.0), plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_row_that_waits_is_due_until_its_fam_is_written(apart):
+  config = cases.FAM[0]
+  params, size = cases.random_params(config, 0), cases.FAM[0].memory.block_size
+  model, state = cases.model(config, params), with_recent(cases.init_state(config, params), ROOM)
+  model = model.unstacked() if apart else model
+  for i in range(size + 1):
+    lengths = jnp.array([1, 0] if i < size else [0, 1])
+    _, state = model(jnp.full((BATCH, 1), 3, jnp.int32), state, lengths=lengths)
+  np.testing.assert_array_equal(state.recent.due, [True, False])
+  state = model.write_fam(state)
+  np.testing.assert_array_equal(state.fam_updates, [1, 0])
+  assert not state.recent.due.any()

@@ -78,6 +78,20 @@ def test_cycles_count_as_often_as_their_loops_turn():
   assert hlo.estimated_cycles(TEXT.replace("estimated_cycles", "other")) is None
 
 
+def test_kernels_are_counted_by_loops_and_what_is_fused_is_none():
+  """A loop's turns are taken from beside it, where they stand there."""
+  found = {one.loops: (one.count, one.bytes) for one in hlo.kernels(TEXT)}
+  layer = 512 + 512 + 128
+  assert found[4, 18] == (3, layer) and found[4,] == (1, 32) and found[()][0] == 4
+  assert hlo.kernels(TEXT.replace("body=%layer", "true_computation=%layer")) == [
+      hlo.Kernels((), *found[()]), hlo.Kernels((4,), 1, 32)
+  ]  # fmt: skip
+  known = TEXT.replace('metadata={op_name="x"}', 'backend_config={"known_trip_count":{"n":"5"}}')
+  placed = known.replace("%s = f32[4,8] fusion(%g)", "%in_dynamic-update-slice = f32[4,8] fusion(%g)")
+  found = {one.loops: (one.count, one.bytes) for one in hlo.kernels(placed)}
+  assert found[4, 5] == (3, layer - 128) and (4, 18) not in found
+
+
 def test_a_program_of_one_device_has_none():
   import jax  # pylint: disable=import-outside-toplevel
 
