@@ -118,7 +118,7 @@ def decoded(config: ModelConfig, chip: str) -> dict[str, float]:
       "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sets)),
       "bytes_accessed": hlo.moved_bytes(program.as_text()),
       "temp_bytes": hlo.memory_of(program)["temp"],
-      "estimated_cycles": hlo.estimated_cycles(program.as_text()),
+      "estimated_cycles": sum(hlo.estimated_cycles(program.as_text()).values()),
   }
 
 

@@ -124,6 +124,7 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
     why = f"{_size(used)} in all are more than the chip's {_size(memory)}"
     found |= {"fits": False, "why": why}
   text = program.as_text()
+  cycles = hlo.estimated_cycles(text)
   return found | {
       "bytes_per_chip": needed,
       "flops_per_chip": {
@@ -132,7 +133,8 @@ def compiled(run: Run, step: str, devices) -> dict[str, Any]:
           "compiler, loops once": cost.get("flops"),
       },
       "bytes_moved_per_chip, loops once": cost.get("bytes accessed"),
-      "estimated_cycles_per_chip": hlo.estimated_cycles(text),
+      "estimated_cycles_per_chip": sum(cycles.values()) or None,
+      "estimated_cycles_in_loops": [{"loops": loops, "cycles": n} for loops, n in cycles.items()],
       "collectives": [
           c._asdict() | {"times": c.times, "total_bytes": c.total_bytes}
           for c in hlo.collectives(text)

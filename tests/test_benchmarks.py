@@ -115,6 +115,18 @@ def test_what_does_not_fit_is_a_row_too(load):
   assert rows[-1] == "| 1B v5e | 1.000 | 1.000 | 1.000 | 1.175 |"
 
 
+def test_of_decoding_a_block_is_compared_in_which_the_feedback_loop_turns_once(load):
+  compile_ = load("tpu_compile")
+  parts = [((1, 16, 18), 300), ((1, 16), 20), ((1, 18), 70), ((), 5)]  # tokens, the FAM, what a call does
+  case = {
+      "step": "decode", "model": {"num_layers": 18, "memory": {"block_size": 1024}},
+      "estimated_cycles_in_loops": [dict(loops=list(loops), cycles=n) for loops, n in parts],
+  }  # fmt: skip
+  cycles = compile_._cycles  # pylint: disable=protected-access
+  assert cycles(case) == 64 * 325 + 70
+  assert cycles({"step": "prefill", "model": case["model"], "estimated_cycles_per_chip": 9}) == 9
+
+
 def test_a_directory_of_other_arguments_is_not_gone_on_with(load, tmp_path):
   common = load("common")
   keep = lambda **values: common.keep_arguments(tmp_path, argparse.Namespace(**values), ("out",))

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from famjax import compilation
+from famjax.inference.engine import STEPS as STEPS_OF_A_CALL
 from famjax.inference.engine import Engine
 from famjax.inference.sampling import Sampling, stack
 from famjax.model.config import MemoryConfig, ModelConfig
@@ -42,7 +43,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 BSWA = dataclasses.replace(MODEL, memory=dataclasses.replace(MODEL.memory, kind="bswa"))
 STEPS = {
-    "train, FAM": (MODEL, "train"), "train, BSWA": (BSWA, "train"), "decode, FAM": (MODEL, "decode"),
+    "train, FAM": (MODEL, "train"), "train, BSWA": (BSWA, "train"),
+    "decode, FAM": (MODEL, "decode"), "decode, BSWA": (BSWA, "decode"),
 }  # fmt: skip
 
 
@@ -57,12 +59,16 @@ def costs(model: ModelConfig, step: str) -> dict[str, float]:
   for one in found["collectives"]:
     kinds[one["kind"]] += one["times"]
     kinds[f"bytes of {one['kind']}"] += one["total_bytes"]
+  around = sum(
+      one["cycles"] for one in found["estimated_cycles_in_loops"] if STEPS_OF_A_CALL not in one["loops"]
+  )
   return {
       "FLOPs of products": found["flops_per_chip"]["products of the program"],
       "FLOPs by the compiler, loops once": found["flops_per_chip"]["compiler, loops once"],
       "bytes by the compiler, loops once": found["bytes_moved_per_chip, loops once"],
       "bytes of temporaries": found["bytes_per_chip"]["temp"],
       "cycles": found["estimated_cycles_per_chip"],
+      **({"cycles of a block's end": around} if step == "decode" else {}),
       **kinds,
   }
 

@@ -97,22 +97,23 @@ def collectives(text: str) -> list[Collective]:
   return [Collective(*key, count, sizes[key]) for key, count in sorted(counts.items())]
 
 
-def estimated_cycles(text: str) -> int | None:
-  """Cycles of one chip's core by the TPU compiler's estimate; None: it has made none.
+def estimated_cycles(text: str) -> dict[tuple[int, ...], int]:
+  """Cycles of one chip's core by the TPU compiler's estimate; empty: it has made none.
 
   What chips send one another has no estimate.
 
   Args:
     text: as above.
+
+  Returns:
+    By turns of the loops around it, the outermost first: cycles of all of these turns.
   """
   bodies, entry = _computations(text)
-  loops = _loops_around(bodies, entry)
-  return sum(
-      int(cycles) * math.prod(around)
-      for name, around in loops.items()
-      for line in bodies[name]
-      for cycles in _CYCLES.findall(line)
-  ) or None
+  found = collections.Counter()
+  for name, around in _loops_around(bodies, entry).items():
+    cycles = sum(int(cycles) for line in bodies[name] for cycles in _CYCLES.findall(line))
+    found[around] += cycles * math.prod(around)
+  return {around: cycles for around, cycles in found.items() if cycles}
 
 
 class Kernels(NamedTuple):

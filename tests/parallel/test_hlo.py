@@ -74,8 +74,8 @@ def test_collectives_count_as_often_as_their_loops_turn():
 
 
 def test_cycles_count_as_often_as_their_loops_turn():
-  assert hlo.estimated_cycles(TEXT) == 7 + 4 * 18 * 100
-  assert hlo.estimated_cycles(TEXT.replace("estimated_cycles", "other")) is None
+  assert hlo.estimated_cycles(TEXT) == {(): 7, (4, 18): 4 * 18 * 100}
+  assert not hlo.estimated_cycles(TEXT.replace("estimated_cycles", "other"))
 
 
 def test_kernels_are_counted_by_loops_and_what_is_fused_is_none():
