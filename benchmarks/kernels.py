@@ -101,12 +101,12 @@ def decoded(config: ModelConfig, chip: str) -> dict[str, float]:
   """The same of one token's attention: what moves beside the keys and values that it sees."""
   H, K, d, B = config.num_heads, config.kv_heads, config.head_width, DECODE_ROWS
   placement, shape = _on(chip)
-  seen = (MEMORY.memory_segments + 1) * MEMORY.block_size, MEMORY.length, RECENT
+  seen = (MEMORY.memory_segments + 1) * MEMORY.block_size, MEMORY.length + RECENT
   sets = [(shape(B, 1, K, m, d), shape(B, 1, K, m, d)) for m in seen]
 
   def attend(queries, sets, stored, written):
     at = lambda count, m: (jnp.arange(m) < count[:, None])[:, None, None, None, None]
-    masks = at(stored, seen[0]), None, at(written, RECENT)
+    masks = at(stored, seen[0]), at(MEMORY.length + written, seen[1])
     key_sets = [KeySet(*one, mask) for one, mask in zip(sets, masks)]
     return attention.attend(queries, key_sets)
 
