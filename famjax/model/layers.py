@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from famjax.model import axes as of_devices
 from famjax.model import deferred, rope
 from famjax.model.config import ModelConfig
 
@@ -87,8 +88,11 @@ class Projection(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     inputs = len(self._inputs_shape)
     rows, inputs = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
-    y = self._product(x.reshape(-1, *inputs))  # of one axis of tokens XLA makes faster products
-    y = y.reshape(*rows, *y.shape[1:])
+    if of_devices.platform() == "cpu":  # XLA makes faster products there of one axis of tokens
+      y = self._product(x.reshape(-1, *inputs))
+      y = y.reshape(*rows, *y.shape[1:])
+    else:
+      y = self._product(x)
     return y if self.tap is None else deferred.listen(y, x, self.tap)
 
   @property

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from famjax.model import axes
 from tests.model import cases, reference
 
 
@@ -140,3 +141,16 @@ def test_padding_gets_no_gradient():
   grads = reference.to_numpy(gradient(config, params, tokens, weights, lengths=lengths))
   reached = np.abs(grads["embedder"]["embedding"]).max(-1)
   np.testing.assert_array_equal(reached > 0, np.arange(9) < 7)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_product_is_the_same_over_one_axis_of_tokens_as_over_several(monkeypatch, lora_rank):
+  """A CPU is given the one, accelerators the others."""
+  config = dataclasses.replace(cases.FAM[1], lora_rank=lora_rank)
+  params, tokens, weights = draw(config, 5, batch=2)
+  here = leaves(gradient.__wrapped__(config, params, tokens, weights))
+  monkeypatch.setattr(axes, "platform", lambda: "gpu")
+  there = leaves(gradient.__wrapped__(config, params, tokens, weights))
+  for name, value in here.items():
+    room = 1e-4 * float(jnp.abs(value).max())  # sums of float32 in another order
+    np.testing.assert_allclose(there[name], value, rtol=0, atol=room, err_msg=name)
