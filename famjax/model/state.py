@@ -204,8 +204,8 @@ def with_recent(state: State, size: int) -> State:
     return state
   more = lambda fam: jnp.pad(fam, [(0, 0)] * (fam.ndim - 2) + [(0, size), (0, 0)])
   keys, values = jax.tree.map(more, (state.fam_keys, state.fam_values))
-  none = jnp.zeros_like(state.position)
-  return state.replace(recent=Recent(keys, values, none, none > 0))
+  count, due = jnp.zeros_like(state.position), jnp.zeros_like(state.position, bool)
+  return state.replace(recent=Recent(keys, values, count, due))
 
 
 def settle(state: State) -> State:

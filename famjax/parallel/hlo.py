@@ -17,11 +17,11 @@ _BYTES = {
 _HEAD = re.compile(r"^(ENTRY )?(%[\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _WHILE = re.compile(r"\bwhile\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
-_NAMES = r"=\{?((?:%[\w.\-]+(?:, )?)+)"
-_CALLED = re.compile(f"(?:calls|to_apply|called_computations){_NAMES}")
-_BRANCHES = re.compile(f"(?:branch_computations|true_computation|false_computation){_NAMES}")
+_CALLED = re.compile(
+    "(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)"
+    r"=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_FUSED = re.compile(r"(?:calls|to_apply)=(%[\w.\-]+)")
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
@@ -138,11 +138,8 @@ def kernels(text: str) -> list[Kernels]:
     text: as above. Branches of conditions are left out.
   """
   bodies, entry = _computations(text)
-  within = {name for lines in bodies.values() for line in lines for name in _FUSED.findall(line)}
   counts, sizes = collections.Counter(), collections.Counter()
-  for name, around in _loops_around(bodies, entry, branches=False).items():
-    if name in within:
-      continue
+  for name, around in _loops_around(bodies, entry, called_too=False).items():
     for result, shapes, kind, _ in filter(None, map(_parts, bodies[name])):
       if kind not in (*_MOVES_NOTHING, "while", "conditional"):
         counts[around] += 1
@@ -191,14 +188,17 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _loops_around(
-    bodies: dict[str, list[str]], entry: str, branches: bool = True
+    bodies: dict[str, list[str]], entry: str, called_too: bool = True
 ) -> dict[str, tuple[int, ...]]:
-  """Turns of the loops around every computation that the program reaches, the innermost last."""
+  """Turns of the loops around every computation that the program reaches, the innermost last.
+
+  Without those that are `called_too`, fused ones and branches say, bodies of loops are left.
+  """
   loops, to_do = {entry: ()}, [entry]
   while to_do:
     name = to_do.pop()
     for line in bodies[name]:
-      named = _CALLED.findall(line) + (_BRANCHES.findall(line) if branches else [])
+      named = _CALLED.findall(line) if called_too else []
       called = [(c, ()) for names in named for c in names.split(", ")]
       if match := _WHILE.search(line):
         known = _KNOWN.search(line)
