@@ -246,6 +246,8 @@ class Decoder(nnx.Module):
         initial = None if initial is None else memory.climb(layer, initial, turns.prompt)
       if layout.within:
         x, after = within.apply_layer(layer, x, mine, layout, turns.token, kinds[kind])
+        if starting:
+          after = after._replace(fam=mine.fam, fam_keys=mine.fam_keys, fam_values=mine.fam_values)
       else:
         x, after = apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
@@ -257,16 +259,12 @@ class Decoder(nnx.Module):
       prompt = self.scaled(self.fam_prompt[...])
     prefix = self.fam_prefix[...] if starting and self._has("fam_prefix") else None
     (x, _), after = self._over_layers(body, (x, prompt), prefix, layer_memories(state))
-    new = state.replace(
-        position=state.position + layout.count,
-        fam=after.fam, fam_keys=after.fam_keys, fam_values=after.fam_values,
-    )  # fmt: skip
+    new = state.replace(position=state.position + layout.count)
+    if starting or not layout.within:
+      new = new.replace(fam=after.fam, fam_keys=after.fam_keys, fam_values=after.fam_values)
     x, full = layout.pick(x, S), layout.full
     if layout.within:
-      count, due = layout.recent + layout.count, full[:, 0] & bool(config.memory.length)
-      if state.recent is not None:
-        due |= state.recent.due & (layout.count == 0)
-      new = new.replace(recent=Recent(after.recent_keys, after.recent_values, count, due))
+      new = within.append(new, after, layout)
       return x, settle(self.write_fam(new)) if state.recent is None else new
     updates = layout.num_blocks if full is None else full.sum(axis=1, dtype=jnp.int32)
     updates = state.fam_updates + (updates if config.memory.length else 0)

@@ -117,7 +117,7 @@ def axes_of(state: State) -> State:
 
 
 class LayerMemory(NamedTuple):
-  """One layer's part of a `State`; shapes without the leading L."""
+  """One layer's part of a `State`; shapes without the leading L. What a function leaves as it is, is None."""
 
   keys: jax.Array | None
   values: jax.Array | None
@@ -250,13 +250,20 @@ _STACKED = ("keys", "values", "fam", "fam_keys", "fam_values")
 
 def unstack(state: State) -> State:
   """The state with a tuple of L arrays for each array `[L, ...]`, as `Decoder.unstacked` takes it."""
-  apart = lambda x: None if x is None else tuple(x)
-  return state.replace(**{name: apart(getattr(state, name)) for name in _STACKED})
+  return _each_stacked(lambda x: None if x is None else tuple(x), state)
 
 
 def stack(state: State) -> State:
   """Undoes `unstack`."""
-  return state.replace(**{name: jnp.stack(getattr(state, name)) for name in _STACKED})
+  return _each_stacked(jnp.stack, state)
+
+
+def _each_stacked(function, state):
+  new = {name: function(getattr(state, name)) for name in _STACKED}
+  recent = state.recent
+  if recent is not None:
+    recent = recent.replace(keys=function(recent.keys), values=function(recent.values))
+  return state.replace(**new, recent=recent)
 
 
 def num_bytes(tree: Any) -> int:

@@ -6,6 +6,8 @@ for all tokens of a decoding loop, which then goes through the ring but never co
 stays as it is, up to the end of a row's block: then the feedback loop turns once, after the call.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ from famjax.model.blocks import Layout
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.layers import Layer
 from famjax.model.memory import Turn
-from famjax.model.state import LayerMemory, State
+from famjax.model.state import LayerMemory, Recent, State, layer_memories
 
 
 def apply_layer(
@@ -37,15 +39,14 @@ def apply_layer(
     config: of the model.
 
   Returns:
-    `x'` `[B, 1, n, D]`, and the layer's memory after the call, but for its ring and its FAM, which are
-    as they were: `recent_keys` and `recent_values` `[B, K, F + s, d]` hold the FAM's and those of the
-    tokens that are not in the ring, and `write_fam` makes the FAM.
+    `x'` `[B, 1, n, D]`, and what the call adds to the layer's memory: `recent_keys` and `recent_values`
+    `[B, K, n, d]` of its tokens, for `append`. Ring and FAM are as they were.
   """
   queries, keys, values = layer.project(x, turn, turn)
-  F = config.memory.length
+  F, new = config.memory.length, (keys[:, 0], values[:, 0])
   recent = (
-      _append(mine.recent_keys, mine.fam_keys, keys[:, 0], layout),
-      _append(mine.recent_values, mine.fam_values, values[:, 0], layout),
+      _append(mine.recent_keys, mine.fam_keys, new[0], layout),
+      _append(mine.recent_values, mine.fam_values, new[1], layout),
   )
   seen = lambda ring: _as_block(_cut(ring, layout) if config.memory.stop_gradient else ring)
   in_ring, in_recent = _masks(layout, recent[0].shape[2] - F, config.memory)
@@ -54,8 +55,32 @@ def apply_layer(
       KeySet(seen(mine.keys), seen(mine.values), in_ring),
       KeySet(recent[0][:, None], recent[1][:, None], in_recent),
   ]
-  after = mine._replace(keys=None, values=None, recent_keys=recent[0], recent_values=recent[1])
-  return layer.close(attend(queries, key_sets, layer.cap), x), after
+  added = LayerMemory(*[None] * 5, *new)
+  return layer.close(attend(queries, key_sets, layer.cap), x), added
+
+
+def append(state: State, added: LayerMemory, layout: Layout) -> State:
+  """The state with a call's tokens behind its recent ones, in all layers.
+
+  A scan over layers that gave out all recent tokens, or a FAM that is as it was, would copy them.
+
+  Args:
+    state: before the call, but for what it has started anew.
+    added: what `apply_layer` added in each layer.
+    layout: where the tokens stand.
+  """
+  put = functools.partial(_append, layout=layout)
+  if isinstance(state.fam, tuple):  # unstacked
+    each = lambda recent, *others: tuple(map(put, recent or [None] * len(state.fam), *others))
+  else:
+    each = jax.vmap(put)
+  before = layer_memories(state)
+  keys = each(before.recent_keys, before.fam_keys, added.recent_keys)
+  values = each(before.recent_values, before.fam_values, added.recent_values)
+  due = layout.full[:, 0] & bool(jax.tree.leaves(state.fam_keys)[0].shape[-2])
+  if state.recent is not None:
+    due |= state.recent.due & (layout.count == 0)
+  return state.replace(recent=Recent(keys, values, layout.recent + layout.count, due))
 
 
 def write_fam(
