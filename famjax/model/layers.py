@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 import functools
+import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from famjax.model import axes as of_devices
-from famjax.model import deferred, rope
+from famjax.model import deferred, lora, rope
 from famjax.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
+_MANY = 1024  # vectors, on all devices: moving them takes longer than moving a matrix does
 
 
 class Norm(nnx.Module):
@@ -92,7 +94,8 @@ class Projection(nnx.Module):
       y = self._product(x.reshape(-1, *inputs))
       y = y.reshape(*rows, *y.shape[1:])
     else:
-      y = self._product(x)
+      joined = of_devices.platform() == "tpu" and math.prod(rows) >= _MANY
+      y = self._product(x, joined)
     return y if self.tap is None else deferred.listen(y, x, self.tap)
 
   @property
@@ -104,15 +107,15 @@ class Projection(nnx.Module):
     """For `tap`, one in each of so many turns of a loop, on vectors of so many `rows`."""
     graphdef, weights = nnx.split(self)
     x = jax.ShapeDtypeStruct((*rows, *self._inputs_shape), dtype)
-    return deferred.make_taps(lambda w, x: nnx.merge(graphdef, w)(x), weights, turns, x)
+    return deferred.make_taps(lambda w, x: nnx.merge(graphdef, w)._product(x), weights, turns, x)  # pylint: disable=protected-access
 
-  def _product(self, x):
-    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+  def _product(self, x, joined=False):
+    kernel = self.kernel[...].astype(x.dtype)
     if hasattr(self, "lora_a"):
-      inputs, _, outputs = self.equation.replace("...", "").replace("->", ",").split(",")
-      low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, self.lora_a[...].astype(x.dtype))
-      b = (self.lora_b[...] * self.lora_scale).astype(x.dtype)
-      y += jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
+      a, b = (w.astype(x.dtype) for w in (self.lora_a[...], self.lora_b[...] * self.lora_scale))
+      y = (lora.joined_product if joined else lora.product)(self.equation, x, kernel, a, b)
+    else:
+      y = jnp.einsum(self.equation, x, kernel)
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

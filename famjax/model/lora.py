@@ -5,6 +5,7 @@ functions are pure, over nested dicts of parameters named as in `Decoder`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import traverse_util
@@ -35,6 +36,91 @@ def unmerge(merged: Params, params: Params, config: ModelConfig) -> Params:
   flat = traverse_util.flatten_dict(params)
   factors = {path: value for path, value in flat.items() if path[-1] in NAMES}
   return traverse_util.unflatten_dict(plain | factors)
+
+
+def product(equation: str, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  """`x @ kernel + (x @ a) @ b`.
+
+  Args:
+    equation: of `x` and the kernel, "...D,DHd->...Hd".
+    x: `[..., in...]`.
+    kernel: `[in..., out...]`.
+    a: `[in..., r]`.
+    b: `[r, out...]`, scaled.
+
+  Returns:
+    `[..., out...]`, in the dtype that all have.
+  """
+  inputs, _, outputs = _letters(equation)
+  low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
+  return jnp.einsum(equation, x, kernel) + jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def joined_product(
+    equation: str, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+  """`product`, in which the wider of input and output, for many `x`, moves once, as without LoRA.
+
+  Products that are added write the output, read it and write it again, or read the input twice, which
+  takes a TPU longer than to make them. Where the output is wider, `b` stands below the kernel, `[x, x @
+  a] @ [kernel; b]`; else `a` beside it, `x @ [kernel, a]`. The backward pass does the other of both.
+  """
+  return _product_forward(equation, x, kernel, a, b)[0]
+
+
+def _product_forward(equation, x, kernel, a, b):
+  inputs, _, outputs = _letters(equation)
+  if _out_is_wider(equation, a, b):
+    low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
+    y = _of_both(equation, x, low, kernel, b, axis=0)
+  else:
+    y, low = _to_both(equation, x, kernel, a, axis=-1)
+    y += jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
+  return y, (x, low, kernel, a, b)
+
+
+def _product_backward(equation, kept, of_y):
+  x, low, kernel, a, b = kept
+  inputs, of_kernel, outputs = _letters(equation)
+  back = f"...{outputs},{of_kernel}->...{inputs}"
+  if _out_is_wider(equation, a, b):
+    of_x, of_low = _to_both(back, of_y, kernel, b, axis=0)
+    of_x += jnp.einsum(f"...r,{inputs}r->...{inputs}", of_low, a)
+  else:
+    of_low = jnp.einsum(f"...{outputs},r{outputs}->...r", of_y, b)
+    of_x = _of_both(back, of_y, of_low, kernel, a, axis=-1)
+  of = lambda equation, x, weight, of_y: jax.linear_transpose(  # pylint: disable=g-long-lambda
+      lambda w: jnp.einsum(equation, x, w), weight
+  )(of_y)[0]
+  return (
+      of_x, of(equation, x, kernel, of_y), of(f"...{inputs},{inputs}r->...r", x, a, of_low),
+      of(f"...r,r{outputs}->...{outputs}", low, b, of_y),
+  )  # fmt: skip
+
+
+joined_product.defvjp(_product_forward, _product_backward)
+
+
+def _out_is_wider(equation, a, b):
+  """Of two sides of one axis each the larger; of others the one with several axes."""
+  inputs, _, outputs = _letters(equation)
+  return len(inputs) == 1 and (len(outputs) > 1 or b.size >= a.size)
+
+
+def _of_both(equation, x, low, kernel, factor, axis):
+  both = jnp.concatenate([kernel, factor], axis)
+  return jnp.einsum(equation, jnp.concatenate([x, low], axis=-1), both)
+
+
+def _to_both(equation, x, kernel, factor, axis):
+  y = jnp.einsum(equation, x, jnp.concatenate([kernel, factor], axis))
+  return jnp.split(y, [kernel.shape[axis]], axis=-1)
+
+
+def _letters(equation):
+  """Inputs, the kernel's axes and outputs, a letter each."""
+  return equation.replace("...", "").replace("->", ",").split(",")
 
 
 @jax.jit

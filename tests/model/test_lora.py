@@ -100,3 +100,21 @@ def test_several_ways_to_say_the_same_lora():
 def test_a_pattern_that_is_in_no_name():
   with pytest.raises(UserError, match="lora_targets: 'q_proj' is in no name.*attention/query"):
     with_lora(FAM, lora_targets=("attention", "q_proj")).validate()
+
+
+@pytest.mark.parametrize(
+    "equation, inputs, outputs",
+    [
+        ("...D,DHd->...Hd", (16,), (4, 8)), ("...D,DHd->...Hd", (64,), (2, 8)),
+        ("...Hd,HdD->...D", (4, 8), (16,)), ("...D,Df->...f", (16,), (64,)),
+        ("...f,fD->...D", (64,), (16,)),
+    ],
+)  # fmt: skip
+def test_a_joined_product_and_its_gradients_are_those_of_two_products(equation, inputs, outputs):
+  draw = np.random.default_rng(0)
+  shapes = (2, 5, *inputs), (*inputs, *outputs), (*inputs, 3), (3, *outputs), (2, 5, *outputs)
+  *given, of_y = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
+  joined, back = jax.vjp(lambda *given: lora.joined_product(equation, *given), *given)
+  plain, plain_back = jax.vjp(lambda *given: lora.product(equation, *given), *given)
+  for one, other in zip((joined, *back(of_y)), (plain, *plain_back(of_y)), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)  # sums in another order
