@@ -77,12 +77,14 @@ def _product_forward(equation, x, kernel, a, b):
   else:
     y, low = _to_both(equation, x, kernel, a, axis=-1)
     y += jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
-  return y, (x, low, kernel, a, b)
+  return y, (x, kernel, a, b)
 
 
 def _product_backward(equation, kept, of_y):
-  x, low, kernel, a, b = kept
+  x, kernel, a, b = kept
   inputs, of_kernel, outputs = _letters(equation)
+  # Made anew: it is a small product, and a layer that is made again need not make `y` for it.
+  low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
   back = f"...{outputs},{of_kernel}->...{inputs}"
   if _out_is_wider(equation, a, b):
     of_x, of_low = _to_both(back, of_y, kernel, b, axis=0)
