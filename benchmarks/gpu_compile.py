@@ -35,6 +35,8 @@ from famjax.model import axes
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state, num_bytes
 from famjax.parallel import hlo
+from famjax.parallel.mesh import MeshConfig, make_mesh
+from famjax.parallel.placement import AxisRules, Placement
 
 TARGET = """
 gpu_device_info {
@@ -68,7 +70,6 @@ def main() -> None:
         f" jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
     )
   model = gpu.FAST if arguments.fast else gpu.MODEL
-  axes.platform = lambda: "gpu"  # what is traced is for one
   found = [
       {"layers": layers, "memory": memory, **cost(model, memory, layers == "apart", device)}
       for layers in ("stacked", "apart")
@@ -100,13 +101,15 @@ def cost(model, memory: str, apart: bool, device) -> dict[str, int]:
   graphdef, params = nnx.split(decoder)
   rows = jax.ShapeDtypeStruct((1, V), bool), jax.ShapeDtypeStruct((1,), jnp.int32)
   samplers = jax.eval_shape(lambda: sampling.stack([sampling.Sampling()]))
-  there = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+  placement = Placement(make_mesh(MeshConfig(data=1), [device]), AxisRules())
+  there = functools.partial(jax.ShapeDtypeStruct, sharding=placement.whole)
   params, reading, seen, samplers, limit, stop = jax.tree.map(
       lambda x: there(x.shape, x.dtype), (params, reading, rows[0], samplers, rows[1], rows[0])
   )
-  lowered = engine._write.lower(  # pylint: disable=protected-access
-      graphdef, params, reading, seen, samplers, limit, stop
-  )
+  with axes.placed_by(placement):
+    lowered = engine._write.lower(  # pylint: disable=protected-access
+        graphdef, params, reading, seen, samplers, limit, stop
+    )
   found = {"kernels": 0, "written": 0, "around": 0}
   for one in hlo.kernels(lowered.compile().as_text()):  # in loops over: pieces, tokens, layers
     times = math.prod(one.loops[2:])

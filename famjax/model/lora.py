@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): products of low rank added to a model's matrices.
 
-`layers.Projection` adds them while it computes; here they go into the matrices, and out again. The
-functions are pure, over nested dicts of parameters named as in `Decoder`.
+`product` and `joined_product` add them while a `layers.Projection` computes; `merge` puts them into the
+matrices, and `unmerge` takes them out again, over nested dicts of parameters named as in `Decoder`.
 """
 
 import dataclasses
