@@ -60,18 +60,23 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax
 def joined_product(
     equation: str, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array
 ) -> jax.Array:
-  """`product`, in which the wider of input and output, for many `x`, moves once, as without LoRA.
+  """`product`, in which the side that is not `D` moves once, as without LoRA; for many `x`.
 
   Products that are added write the output, read it and write it again, or read the input twice, which
-  takes a TPU longer than to make them. Where the output is wider, `b` stands below the kernel, `[x, x @
-  a] @ [kernel; b]`; else `a` beside it, `x @ [kernel, a]`. The backward pass does the other of both.
+  takes a TPU longer than to make them. Where `D` goes in, `b` stands below the kernel, `[x, x @ a] @
+  [kernel; b]`; where it comes out `a` beside it, `x @ [kernel, a]`. The backward pass does the other of
+  both. `D`, the model's width, is mostly the narrower side, and the one that no mesh splits a product
+  over. There is no forward-mode derivative.
+
+  Args:
+    equation: as for `product`, of whose inputs or outputs `D` is the only letter.
   """
   return _product_forward(equation, x, kernel, a, b)[0]
 
 
 def _product_forward(equation, x, kernel, a, b):
   inputs, _, outputs = _letters(equation)
-  if _out_is_wider(equation, a, b):
+  if _widens(equation):
     low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
     y = _of_both(equation, x, low, kernel, b, axis=0)
   else:
@@ -86,7 +91,7 @@ def _product_backward(equation, kept, of_y):
   # Made anew: it is a small product, and a layer that is made again need not make `y` for it.
   low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
   back = f"...{outputs},{of_kernel}->...{inputs}"
-  if _out_is_wider(equation, a, b):
+  if _widens(equation):
     of_x, of_low = _to_both(back, of_y, kernel, b, axis=0)
     of_x += jnp.einsum(f"...r,{inputs}r->...{inputs}", of_low, a)
   else:
@@ -104,10 +109,9 @@ def _product_backward(equation, kept, of_y):
 joined_product.defvjp(_product_forward, _product_backward)
 
 
-def _out_is_wider(equation, a, b):
-  """Of two sides of one axis each the larger; of others the one with several axes."""
-  inputs, _, outputs = _letters(equation)
-  return len(inputs) == 1 and (len(outputs) > 1 or b.size >= a.size)
+def _widens(equation):
+  """Whether `D` goes in."""
+  return _letters(equation)[0] == "D"
 
 
 def _of_both(equation, x, low, kernel, factor, axis):

@@ -117,13 +117,17 @@ def axes_of(state: State) -> State:
 
 
 class LayerMemory(NamedTuple):
-  """One layer's part of a `State`; shapes without the leading L. What a function leaves as it is, is None."""
+  """One layer's part of a `State`; shapes without the leading L.
 
-  keys: jax.Array | None
-  values: jax.Array | None
-  fam: jax.Array
-  fam_keys: jax.Array
-  fam_values: jax.Array
+  Functions of within.py give None back for what they leave as it is, and `within.apply_layer` in
+  `recent_keys` and `recent_values` its call's tokens alone, `[B, K, n, d]`.
+  """
+
+  keys: jax.Array | None = None
+  values: jax.Array | None = None
+  fam: jax.Array | None = None
+  fam_keys: jax.Array | None = None
+  fam_values: jax.Array | None = None
   recent_keys: jax.Array | None = None
   recent_values: jax.Array | None = None
 

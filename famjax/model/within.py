@@ -55,7 +55,7 @@ def apply_layer(
       KeySet(seen(mine.keys), seen(mine.values), in_ring),
       KeySet(recent[0][:, None], recent[1][:, None], in_recent),
   ]
-  added = LayerMemory(*[None] * 5, *new)
+  added = LayerMemory(recent_keys=new[0], recent_values=new[1])
   return layer.close(attend(queries, key_sets, layer.cap), x), added
 
 
