@@ -141,7 +141,7 @@ def _float32_product_forward(equation, x, kernel):
 def _float32_product_backward(equation, kept, given):
   x, kernel = kept
   given = given.astype(x.dtype)
-  inputs, of_kernel, outputs = equation.replace("...", "").replace("->", ",").split(",")
+  inputs, of_kernel, outputs = lora.letters(equation)
   of_x = jnp.einsum(f"...{outputs},{of_kernel}->...{inputs}", given, kernel.astype(x.dtype))
   flat = lambda x: x.reshape(-1, x.shape[-1])
   of_kernel = jnp.einsum(

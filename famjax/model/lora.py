@@ -51,7 +51,7 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax
   Returns:
     `[..., out...]`, in the dtype that all have.
   """
-  inputs, _, outputs = _letters(equation)
+  inputs, _, outputs = letters(equation)
   low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
   return jnp.einsum(equation, x, kernel) + jnp.einsum(f"...r,r{outputs}->...{outputs}", low, b)
 
@@ -75,7 +75,7 @@ def joined_product(
 
 
 def _product_forward(equation, x, kernel, a, b):
-  inputs, _, outputs = _letters(equation)
+  inputs, _, outputs = letters(equation)
   if _widens(equation):
     low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
     y = _of_both(equation, x, low, kernel, b, axis=0)
@@ -87,7 +87,7 @@ def _product_forward(equation, x, kernel, a, b):
 
 def _product_backward(equation, kept, of_y):
   x, kernel, a, b = kept
-  inputs, of_kernel, outputs = _letters(equation)
+  inputs, of_kernel, outputs = letters(equation)
   # Made anew: it is a small product, and a layer that is made again need not make `y` for it.
   low = jnp.einsum(f"...{inputs},{inputs}r->...r", x, a)
   back = f"...{outputs},{of_kernel}->...{inputs}"
@@ -111,7 +111,7 @@ joined_product.defvjp(_product_forward, _product_backward)
 
 def _widens(equation):
   """Whether `D` goes in."""
-  return _letters(equation)[0] == "D"
+  return letters(equation)[0] == "D"
 
 
 def _of_both(equation, x, low, kernel, factor, axis):
@@ -124,8 +124,8 @@ def _to_both(equation, x, kernel, factor, axis):
   return jnp.split(y, [kernel.shape[axis]], axis=-1)
 
 
-def _letters(equation):
-  """Inputs, the kernel's axes and outputs, a letter each."""
+def letters(equation: str) -> list[str]:
+  """Inputs, the kernel's axes and outputs, a letter each: of "...Hd,HdD->...D" Hd, HdD and D."""
   return equation.replace("...", "").replace("->", ",").split(",")
 
 
