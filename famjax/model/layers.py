@@ -88,14 +88,8 @@ class Projection(nnx.Module):
       self.lora_b = nnx.Param(b, axes=("lora", *axes[inputs:]))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    inputs = len(self._inputs_shape)
-    rows, inputs = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
-    if of_devices.platform() == "cpu":  # XLA makes faster products there of one axis of tokens
-      y = self._product(x.reshape(-1, *inputs))
-      y = y.reshape(*rows, *y.shape[1:])
-    else:
-      joined = of_devices.platform() == "tpu" and math.prod(rows) >= _MANY
-      y = self._product(x, joined)
+    rows = x.shape[: x.ndim - len(self._inputs_shape)]
+    y = self._product(x, joined=of_devices.platform() == "tpu" and math.prod(rows) >= _MANY)
     return y if self.tap is None else deferred.listen(y, x, self.tap)
 
   @property
@@ -110,6 +104,10 @@ class Projection(nnx.Module):
     return deferred.make_taps(lambda w, x: nnx.merge(graphdef, w)._product(x), weights, turns, x)  # pylint: disable=protected-access
 
   def _product(self, x, joined=False):
+    rows = x.shape[: x.ndim - len(self._inputs_shape)]
+    if len(rows) > 1 and of_devices.platform() == "cpu":  # XLA makes faster products there of one axis
+      y = self._product(x.reshape(-1, *self._inputs_shape))
+      return y.reshape(*rows, *y.shape[1:])
     kernel = self.kernel[...].astype(x.dtype)
     if hasattr(self, "lora_a"):
       a, b = (w.astype(x.dtype) for w in (self.lora_a[...], self.lora_b[...] * self.lora_scale))
