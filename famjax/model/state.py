@@ -1,5 +1,6 @@
 """What a model remembers between calls: one explicit pytree of constant size."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -235,10 +236,9 @@ def settle(state: State) -> State:
     new = jnp.swapaxes(new, 1, 2)
     return ring.at[row, :, position // N % R, slot].set(new, mode="drop")
 
-  each = put if isinstance(state.keys, tuple) else jax.vmap(put)  # unstacked, or stacked
   return state.replace(
-      keys=jax.tree.map(each, state.keys, state.recent.keys),
-      values=jax.tree.map(each, state.values, state.recent.values),
+      keys=each_layer(put, state.keys, state.recent.keys),
+      values=each_layer(put, state.values, state.recent.values),
       recent=None,
   )
 
@@ -260,6 +260,13 @@ def unstack(state: State) -> State:
 def stack(state: State) -> State:
   """Undoes `unstack`."""
   return _each_stacked(jnp.stack, state)
+
+
+def each_layer(function: Callable, first: Any, *others: Any) -> Any:
+  """What `function` makes of each layer's arrays: of arrays `[L, ...]`, or of tuples of L; others may be None."""
+  if isinstance(first, tuple):
+    return tuple(map(function, first, *(x or (None,) * len(first) for x in others)))
+  return jax.vmap(function)(first, *others)
 
 
 def _each_stacked(function, state):

@@ -17,7 +17,7 @@ from famjax.model.blocks import Layout
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.layers import Layer
 from famjax.model.memory import Turn
-from famjax.model.state import LayerMemory, Recent, State, layer_memories
+from famjax.model.state import LayerMemory, Recent, State, each_layer, layer_memories
 
 
 def apply_layer(
@@ -45,8 +45,8 @@ def apply_layer(
   queries, keys, values = layer.project(x, turn, turn)
   F, new = config.memory.length, (keys[:, 0], values[:, 0])
   recent = (
-      _append(mine.recent_keys, mine.fam_keys, new[0], layout),
-      _append(mine.recent_values, mine.fam_values, new[1], layout),
+      _append(new[0], mine.fam_keys, mine.recent_keys, layout),
+      _append(new[1], mine.fam_values, mine.recent_values, layout),
   )
   seen = lambda ring: _as_block(_cut(ring, layout) if config.memory.stop_gradient else ring)
   in_ring, in_recent = _masks(layout, recent[0].shape[2] - F, config.memory)
@@ -70,13 +70,9 @@ def append(state: State, added: LayerMemory, layout: Layout) -> State:
     layout: where the tokens stand.
   """
   put = functools.partial(_append, layout=layout)
-  if isinstance(state.fam, tuple):  # unstacked
-    each = lambda recent, *others: tuple(map(put, recent or [None] * len(state.fam), *others))
-  else:
-    each = jax.vmap(put)
   before = layer_memories(state)
-  keys = each(before.recent_keys, before.fam_keys, added.recent_keys)
-  values = each(before.recent_values, before.fam_values, added.recent_values)
+  keys = each_layer(put, added.recent_keys, before.fam_keys, before.recent_keys)
+  values = each_layer(put, added.recent_values, before.fam_values, before.recent_values)
   due = layout.full[:, 0] & bool(jax.tree.leaves(state.fam_keys)[0].shape[-2])
   if state.recent is not None:
     due |= state.recent.due & (layout.count == 0)
@@ -112,7 +108,7 @@ def write_fam(
   return LayerMemory(None, None, fam, *new, *beside)
 
 
-def _append(recent, fam, new, layout):
+def _append(new, fam, recent, layout):
   """`[B, K, F + s, d]`: the call's tokens `[B, K, n, d]` behind the FAM's and the recent ones."""
   if recent is None:
     return jnp.concatenate([fam, new], axis=2)
