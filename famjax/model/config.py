@@ -24,9 +24,11 @@ MEMORY_WEIGHTS = (*FAM_WEIGHTS, "memory", "memory_layers")
 # Kinds of memory that the decoder itself has; others are `strategy`'s.
 BUILT_IN = ("fam", "bswa", "full")
 # Options of a `ModelConfig` that change no result.
-HOW_IT_RUNS = ("remat", "layers_unroll", "feedback_unroll", "attention_kernel")
+HOW_IT_RUNS = ("remat", "layers_unroll", "feedback_unroll", "feedback_order", "attention_kernel")
 # What a layer keeps for its backward pass; the rest is computed again. See `decoder.remat`.
 REMAT_POLICIES = ("none", "dots", "dots_no_batch", "full")
+# How a layer goes over blocks and their FAMs. See `grid`.
+FEEDBACK_ORDERS = ("auto", "with_tokens", "before_tokens")
 # What makes the attention of whole blocks. See `blocks.attend`.
 ATTENTION_KERNELS = ("auto", "none", "pallas", "interpret", "interpret_gpu")
 
@@ -175,6 +177,11 @@ class ModelConfig:
       turns: all of a small model's save a processor copies of what the backward pass keeps.
     feedback_unroll: blocks of the feedback loop that a compiled program has one after another before
       it turns: all of a call's save copies, and take longer to compile.
+    feedback_order: how a layer goes over the blocks of a call, one of FEEDBACK_ORDERS: "with_tokens",
+      block after block, all written out in the compiled program, a FAM's vectors beside its block's
+      tokens in the products after attention; "before_tokens", the feedback loop alone, then all tokens
+      at once; "auto", the first where `feedback_unroll` has room for a call's blocks and the device is
+      no GPU, else the second.
     attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "auto", the GPU's
       kernel on an A100, H100 or their like, in bfloat16, of blocks that 64 divides and heads of up to
       256, else plain JAX; "none", plain JAX; "pallas", the kernel of a TPU
@@ -215,6 +222,7 @@ class ModelConfig:
   remat: str = "none"
   layers_unroll: int = 1
   feedback_unroll: int = 1
+  feedback_order: str = "auto"
   attention_kernel: str = "auto"
   memory: MemoryConfig = MemoryConfig()
 
@@ -339,6 +347,7 @@ class ModelConfig:
     _one_of("remat", self.remat, REMAT_POLICIES)
     _at_least("layers_unroll", self.layers_unroll, 1)
     _at_least("feedback_unroll", self.feedback_unroll, 1)
+    _one_of("feedback_order", self.feedback_order, FEEDBACK_ORDERS)
     _one_of("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
     self.memory.validate()
     if self.attention_kernel not in ("auto", "none") and self.memory.kind not in BUILT_IN:

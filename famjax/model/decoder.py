@@ -2,9 +2,9 @@
 
 Layer by layer (SPEC section 4): the feedback loop is closed within a layer, and the initial FAM
 sees no token, so that a layer reads the whole call before the next one starts. Stacked layers run under
-one `jax.lax.scan`; inside a layer, `memory.feedback` scans over blocks with the FAM as its carry; of a
-call within a block, `write_fam` turns it after all layers. Training, prefill and decoding are this one
-definition, with other shapes.
+one `jax.lax.scan`; inside a layer, grid.py scans over blocks with the FAM as its carry; of a call within
+a block, `write_fam` turns it after all layers. Training, prefill and decoding are this one definition,
+with other shapes.
 """
 
 from flax import nnx
@@ -12,56 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famjax.model import axes, blocks, memory, recurrent, rope, strategy, within
-from famjax.model.attention import KeySet
+from famjax.model import axes, blocks, grid, memory, recurrent, rope, strategy, within
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection, float32_product
 from famjax.model.state import LayerMemory, Recent, State, empty_state
 from famjax.model.state import layer_memories, settle, unstack
-
-
-def apply_layer(
-    layer: Layer,
-    x: jax.Array,
-    mine: LayerMemory,
-    layout: blocks.Layout,
-    turns: memory.Turns,
-    first: jax.Array,
-    config: ModelConfig,
-) -> tuple[jax.Array, LayerMemory]:
-  """One layer over all blocks of a call: Algorithm 1, and with a FAM Algorithm 2.
-
-  Args:
-    layer: its weights.
-    x: `[B, T, N, D]`, the layer's input.
-    mine: the layer's memory before the first block. Of `mine.fam` the keys are made anew.
-    layout: where the tokens stand.
-    turns: rotations.
-    first: bool `[B]`, the FAM has not been written yet.
-    config: of the model.
-
-  Returns:
-    `x'` `[B, T, N, D]`, and the layer's memory after the call.
-  """
-  M = config.memory.memory_segments
-  past = (
-      blocks.no_past(x.shape[0], config) if mine.keys is None
-      else blocks.read_ring(mine.keys, mine.values, layout)
-  )  # fmt: skip
-  queries, keys, values = layer.project(x, turns.token, turns.token)
-  own = blocks.own_block(past, keys, values, layout, M)
-  ring = blocks.write_ring(past, own, layout, M + 1)
-  after = mine._replace(keys=ring.keys, values=ring.values)
-  fam = None
-  if config.memory.length:  # FAM
-    loop = memory.feedback(
-        layer, mine.fam, own.keys, own.values, turns.write, turns.read, first, layout.full,
-        unroll=config.feedback_unroll,
-    )  # fmt: skip
-    fam = KeySet(loop.keys, loop.values)
-    fam_keys, fam_values = layer.keys_values(loop.fam, turns.after)
-    after = after._replace(fam=loop.fam, fam_keys=fam_keys, fam_values=fam_values)
-  return layer.close(blocks.attend(queries, past, own, fam, layout, config), x), after
 
 
 def remat(function, policy: str):
@@ -70,15 +25,18 @@ def remat(function, policy: str):
   Args:
     function: any function of arrays.
     policy: "none" keeps everything; "dots" keeps matrix products; "dots_no_batch" keeps products
-      with weights, not attention's; "full" keeps the layer's input alone.
+      with weights, not attention's; "full" keeps the layer's input alone. A block's FAM is kept by all.
   """
+  if policy == "none":
+    return function
   policies = jax.checkpoint_policies
   kept = {
       "dots": policies.dots_saveable,
       "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
       "full": policies.nothing_saveable,
   }
-  return function if policy == "none" else jax.checkpoint(function, policy=kept[policy])
+  fam = policies.save_only_these_names(memory.KEPT)
+  return jax.checkpoint(function, policy=policies.save_from_both_policies(kept[policy], fam))
 
 
 class Embedder(nnx.Module):
@@ -249,7 +207,7 @@ class Decoder(nnx.Module):
         if starting:
           after = after._replace(fam=mine.fam, fam_keys=mine.fam_keys, fam_values=mine.fam_values)
       else:
-        x, after = apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
+        x, after = grid.apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
 
     x = self.embed(layout.place(tokens, N))

@@ -24,7 +24,8 @@ from famjax.errors import UserError
 from famjax.model import blocks, memory
 from famjax.model.attention import KeySet, probabilities
 from famjax.model.config import ModelConfig
-from famjax.model.decoder import Decoder, apply_layer, turns_of
+from famjax.model.decoder import Decoder, turns_of
+from famjax.model.grid import apply_layer
 from famjax.model.layers import Layer
 from famjax.model.state import empty_state, layer_memories
 

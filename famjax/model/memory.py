@@ -7,20 +7,22 @@
     af = attention(Qf, [Kf, Kx], [Vf, Vx]) @ Wo + Fp                      sees the whole block
     Fn = af + ff(norm(af))                                                the FAM after block t
 
-`update` is the lower half. The upper half is `decoder.apply_layer`. `Fn` needs no token's output,
-so `feedback` runs the lower half over all blocks of a call first, with the FAM alone as its carry; the
-tokens of all blocks then go through attention and feed-forward at once (SPEC section 4).
+`update` is the lower half. Both halves stand in grid.py, block after block. `Fn` needs no token's
+output, so that `feedback` can run the lower half over all blocks of a call first, with the FAM alone as
+its carry; the tokens of all blocks then go through attention and feed-forward at once (SPEC section 4).
 """
 
 from typing import NamedTuple
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from famjax.model.attention import KeySet, attend
 from famjax.model.layers import Layer, projections
 
+KEPT = "fam"  # name of what `kept` marks
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
@@ -133,6 +135,7 @@ def feedback(
     for path, one in projections(here).items():
       one.tap = nnx.data(taps[path])
     new, fam_keys, fam_values = update(here, fam, keys, values, write, read, first & (t == 0))
+    new = kept(new)
     if full is not None:
       new = jnp.where(full[:, None, None], new, fam)
     return new, (fam_keys, fam_values)
@@ -144,6 +147,15 @@ def feedback(
   blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full)), taps
   fam, read_back = jax.lax.scan(step, fam, blocks, unroll=unroll)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
+
+
+def kept(fam: jax.Array) -> jax.Array:
+  """A block's FAM, which every layer keeps for its backward pass (`decoder.remat`).
+
+  It is `F` of `N` vectors. Without it the pass would go through the loop again to make it, and, where
+  tokens go with it, multiply these by a last matrix whose product nothing else needs.
+  """
+  return checkpoint_name(fam, KEPT)
 
 
 def climb(layer: Layer, prompt: jax.Array, turn: Turn) -> jax.Array:

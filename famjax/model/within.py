@@ -28,7 +28,7 @@ def apply_layer(
     turn: Turn,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerMemory]:
-  """`decoder.apply_layer` for a call within a block.
+  """`grid.apply_layer` for a call within a block.
 
   Args:
     layer: its weights.

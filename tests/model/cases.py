@@ -62,14 +62,15 @@ BSWA = [
     bswa(5, 2, 0, 2, (2, 2), window=4),
     bswa(6, 1, 0, 1, (4, 1), dim=16),
 ]
+TOGETHER = {"feedback_order": "with_tokens"}
 FAM = [
     fam(4, 1, 2, 2, (2, 2)),
-    fam(3, 2, 3, 3, (4, 2), dim=16, norm="layer", tie_embeddings=False),
-    fam(1, 0, 1, 2, (2, 1), head_dim=6),
+    fam(3, 2, 3, 3, (4, 2), dim=16, norm="layer", tie_embeddings=False, **TOGETHER),
+    fam(1, 0, 1, 2, (2, 1), head_dim=6, feedback_unroll=2),
     fam(2, 3, 1, 3, (2, 2), fam_position="float"),
-    fam(4, 0, 3, 2, (4, 1), dim=16, fam_position="zero", rope_theta=100.0),
-    fam(5, 1, 2, 2, (2, 1), window=3),
-    fam(6, 2, 3, 1, (2, 2), fam_init="prefix", tie_embeddings=False),
+    fam(4, 0, 3, 2, (4, 1), dim=16, fam_position="zero", rope_theta=100.0, **TOGETHER),
+    fam(5, 1, 2, 2, (2, 1), window=3, **TOGETHER),
+    fam(6, 2, 3, 1, (2, 2), fam_init="prefix", tie_embeddings=False, feedback_unroll=99),
     fam(3, 1, 2, 3, (2, 1), fam_init="prefix", fam_position="float", norm="layer", window=5),
 ]
 # What families of open decoders differ in, with a FAM that goes through all of it.

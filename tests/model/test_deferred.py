@@ -83,8 +83,9 @@ def test_the_feedback_loop_carries_no_gradient_of_a_matrix():
   blocks = 5  # no other loop has so many turns
   memory = MemoryConfig(block_size=4, memory_segments=1, fam_length=2)
   plain = ModelConfig(
-      vocab_size=16, num_layers=3, model_dim=8, num_heads=2, ff_dim=24, memory=memory
-  )
+      vocab_size=16, num_layers=3, model_dim=8, num_heads=2, ff_dim=24, memory=memory,
+      feedback_order="before_tokens",
+  )  # fmt: skip
   tokens = jnp.zeros((1, blocks * 4), jnp.int32)
   for config in (plain, dataclasses.replace(plain, lora_rank=3)):
     graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,99 @@
+"""The orders in which a layer goes over its blocks give the same numbers and the same gradients.
+
+That each of them equals the slow reference is tested with everything else: cases.FAM has both.
+"""
+
+import dataclasses
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from famjax.model import axes, grid
+from famjax.model.config import ModelConfig
+from tests.model import cases
+
+ROWS, SIZE = 2, 4
+CALLS = (13, 5, 8)  # tokens: without a past, three blocks and a rest; from there; with several blocks
+
+
+def read(config, params, tokens, weights, lengths):
+  """A sum over all logits and the last FAM, of a text that is read in three calls."""
+  decoder, state, start, total = cases.model(config, params), None, 0, 0.0
+  for call, length in zip(CALLS, lengths):
+    part = slice(start, start + call)
+    logits, state = decoder(tokens[:, part], state, lengths=length)
+    real = jnp.arange(call) < length[:, None]
+    total += (weights[:, part] * logits * real[..., None]).sum()
+    start += call
+  return total + jnp.sin(state.fam).sum()
+
+
+@pytest.mark.parametrize("segments, of_memory, options", [
+    (0, {}, {"feedback_unroll": 2}),
+    (2, {}, {"feedback_unroll": 9, "lora_rank": 2, "remat": "full"}),
+    (2, {"stop_gradient": True}, {"attention_kernel": "interpret"}),
+    (2, {"window": 6}, {"attention_kernel": "interpret_gpu", "feedback_unroll": 9}),
+], ids=str)  # fmt: skip
+def test_orders_are_equal(segments, of_memory, options):
+  config = cases.fam(SIZE, segments, 2, 2, (2, 1), **of_memory, **options)
+  rng = np.random.default_rng(segments)
+  params = cases.random_params(config, 0)
+  tokens = jnp.asarray(cases.draw_tokens(rng, ROWS, sum(CALLS)), jnp.int32)
+  weights = rng.standard_normal((*tokens.shape, cases.VOCAB)).astype(np.float32)
+  lengths = [jnp.array(length) for length in ([13, 9], [5, 3], [8, 8])]
+
+  def found(order):
+    here = dataclasses.replace(config, feedback_order=order)
+    step = jax.value_and_grad(lambda params: read(here, params, tokens, weights, lengths))
+    return jax.jit(step, compiler_options=cases.QUICK)(params)
+
+  (one, of_one), (other, of_other) = map(found, ("with_tokens", "before_tokens"))
+  np.testing.assert_allclose(one, other, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(of_one), jax.tree.leaves(of_other), strict=True):
+    # Sums in another order, through weights that make the largest entries of size 1 to 400.
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def rows_of_products(jaxpr: core.Jaxpr, width: int):
+  """Rows of what is multiplied by a matrix that `width` vectors come out of."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape[-1] == width:
+      yield int(np.prod(eqn.outvars[0].aval.shape[:-1]))
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from rows_of_products(inner, width)
+
+
+@pytest.mark.parametrize("order, rows", [
+    ("with_tokens", [SIZE + 2] * 5),  # each block's
+    ("before_tokens", [2, 5 * SIZE]),  # of the loop's body, and of all tokens
+])  # fmt: skip
+def test_how_many_vectors_the_widest_matrices_multiply(order, rows):
+  config = cases.fam(SIZE, 1, 2, 1, (2, 1), feedback_order=order, fam_init="prefix")
+  params = cases.random_params(config, 0)
+  tokens = jnp.zeros((1, 5 * SIZE), jnp.int32)
+  program = jax.make_jaxpr(lambda params: cases.model(config, params)(tokens)[0])(params)
+  found = list(rows_of_products(program.jaxpr, config.hidden_width))
+  assert found == sorted(2 * rows)  # gate and up
+
+
+class On:
+  """A placement that knows no more than its platform."""
+
+  def __init__(self, platform):
+    self.platform = platform
+
+
+def test_what_auto_means():
+  for platform, unrolled in {"tpu": "with_tokens", "cpu": "with_tokens", "gpu": "before_tokens"}.items():
+    with axes.placed_by(On(platform)):
+      for config, blocks, order in (
+          (ModelConfig(feedback_unroll=8), 8, unrolled),
+          (ModelConfig(feedback_unroll=8), 9, "before_tokens"),
+          (ModelConfig(), 1, unrolled),
+          (ModelConfig(feedback_order="with_tokens"), 2, "with_tokens"),
+          (ModelConfig(feedback_order="before_tokens", feedback_unroll=8), 2, "before_tokens"),
+      ):
+        assert grid.order_of(config, blocks) == order
