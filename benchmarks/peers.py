@@ -43,7 +43,7 @@ def famjax_(segments: int, fam: int):
   memory = famjax.MemoryConfig("fam" if fam else "bswa", BLOCK, segments, fam)
   model = famjax.ModelConfig(
       vocab_size=VOCAB, num_layers=LAYERS, model_dim=WIDTH, num_heads=HEADS, ff_dim=704,
-      layers_unroll=LAYERS, memory=memory,
+      layers_unroll=LAYERS, feedback_unroll=FORWARD // BLOCK, memory=memory,
   )
   # The kind that is named "fam" is the model's own.
   step = cases.make(model, OptimizerConfig("adamw", learning_rate=RATE), cases.Case("train", "fam", TRAIN, 1))
