@@ -4,6 +4,7 @@ That each of them equals the slow reference is tested with everything else: case
 """
 
 import dataclasses
+import re
 
 import jax
 from jax.extend import core
@@ -77,6 +78,19 @@ def test_how_many_vectors_the_widest_matrices_multiply(order, rows):
   program = jax.make_jaxpr(lambda params: cases.model(config, params)(tokens)[0])(params)
   found = list(rows_of_products(program.jaxpr, config.hidden_width))
   assert found == sorted(2 * rows)  # gate and up
+
+
+def test_no_last_product_is_made_again_for_the_backward_pass():
+  """A block's FAM is kept, and nothing else needs what `down` gives."""
+  blocks = 5
+  config = cases.fam(SIZE, 1, 2, 1, (2, 1), feedback_order="with_tokens", remat="full")
+  params = cases.random_params(config, 0)
+  tokens = jnp.zeros((1, blocks * SIZE), jnp.int32)
+  loss = lambda params: cases.model(config, params)(tokens)[0].sum()
+  program = jax.jit(jax.grad(loss)).lower(params).as_text()
+  ff, rows = config.hidden_width, SIZE + config.memory.length
+  shape = f"dot_general[^\n]*x{ff}xf32>, tensor<{ff}x{config.model_dim}xf32>\\) -> tensor<{rows}x"
+  assert len(re.findall(shape, program)) == blocks
 
 
 class On:
