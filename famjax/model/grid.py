@@ -58,7 +58,7 @@ def apply_layer(
   after = mine._replace(keys=ring.keys, values=ring.values)
   if not config.memory.length:
     return layer.close(blocks.attend(queries, past, own, None, layout, config), x), after
-  order = {"with_tokens": _with_tokens, "before_tokens": _before_tokens}[order_of(config, layout.num_blocks)]
+  order = _with_tokens if order_of(config, layout.num_blocks) == "with_tokens" else _before_tokens
   x, fam = order(layer, x, mine.fam, queries, past, own, layout, turns, first, config)
   fam_keys, fam_values = layer.keys_values(fam, turns.after)
   return x, after._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
