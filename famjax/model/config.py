@@ -180,8 +180,8 @@ class ModelConfig:
     feedback_order: how a layer goes over the blocks of a call, one of FEEDBACK_ORDERS: "with_tokens",
       block after block, all written out in the compiled program, a FAM's vectors beside its block's
       tokens in the products after attention; "before_tokens", the feedback loop alone, then all tokens
-      at once; "auto", the first where `feedback_unroll` has room for a call's blocks and the device is
-      no GPU, else the second.
+      at once; "auto", the first where `feedback_unroll` has room for a call's blocks (a call that
+      is not `aligned` has one more than its tokens fill) and the device is no GPU, else the second.
     attention_kernel: of whole blocks (training, prefill), one of ATTENTION_KERNELS: "auto", the GPU's
       kernel on an A100, H100 or their like, in bfloat16, of blocks that 64 divides and heads of up to
       256, else plain JAX; "none", plain JAX; "pallas", the kernel of a TPU

@@ -2,7 +2,7 @@
 
 Layer by layer (SPEC section 4): the feedback loop is closed within a layer, and the initial FAM
 sees no token, so that a layer reads the whole call before the next one starts. Stacked layers run under
-one `jax.lax.scan`; inside a layer, grid.py scans over blocks with the FAM as its carry; of a call within
+one `jax.lax.scan`; inside a layer, grid.py goes over blocks with the FAM as its carry; of a call within
 a block, `write_fam` turns it after all layers. Training, prefill and decoding are this one definition,
 with other shapes.
 """
@@ -25,7 +25,8 @@ def remat(function, policy: str):
   Args:
     function: any function of arrays.
     policy: "none" keeps everything; "dots" keeps matrix products; "dots_no_batch" keeps products
-      with weights, not attention's; "full" keeps the layer's input alone. A block's FAM is kept by all.
+      with weights, not attention's; "full" keeps the layer's input. All of them keep
+      each block's FAM as well (`memory.kept`; memories of other kinds have no such mark).
   """
   if policy == "none":
     return function

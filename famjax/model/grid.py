@@ -5,8 +5,8 @@ A FAM needs no token's output, so that a layer may go over its blocks in two ord
 
   with_tokens:   Algorithm 2 as it is written, block after block, each written out in the compiled
                  program: the products after attention have the N + F vectors of a block and its FAM, so
-                 that a layer's widest matrices are never read for `F` vectors alone, and scores are
-                 there for one block at a time.
+                 that the loop never reads a layer's widest matrices for `F` vectors alone, and what
+                 no backward pass keeps, scores say, is there for one block at a time.
   before_tokens: the feedback loop first (`memory.feedback`), of the FAM's vectors alone, then the tokens
                  of all blocks at once: a program whose size does not grow with the call, and large
                  kernels for a device that wants them.

@@ -222,7 +222,7 @@ class Layer(nnx.Module):
   """One decoder layer. A FAM vector takes exactly the path that a token takes.
 
   Between `project` and `close` stands attention, which is where tokens and FAM differ: they see
-  different keys (memory.py, decoder.py).
+  different keys (memory.py, grid.py).
 
   Attributes:
     attention: its kernels; `attention_norm` before it, `attention_post_norm` after it.

@@ -152,8 +152,8 @@ def feedback(
 def kept(fam: jax.Array) -> jax.Array:
   """A block's FAM, which every layer keeps for its backward pass (`decoder.remat`).
 
-  It is `F` of `N` vectors. Without it the pass would go through the loop again to make it, and, where
-  tokens go with it, multiply these by a last matrix whose product nothing else needs.
+  It is `F` of `N` vectors. Made again it would ask for the layer's last product, which nothing else in the
+  backward pass needs: of the FAM's vectors, and of its block's tokens where they go with it.
   """
   return checkpoint_name(fam, KEPT)
 

@@ -26,7 +26,7 @@ MODEL = dataclasses.replace(toy.MODEL, num_heads=8, num_kv_heads=2, head_dim=4)
 STEPS = 5
 SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
     "LoRA, accumulation, RSP": (
-        dataclasses.replace(MODEL, lora_rank=2, remat="full"),
+        dataclasses.replace(MODEL, lora_rank=2, remat="full", feedback_order="with_tokens"),
         dataclasses.replace(toy.OPTIMIZER, learning_rate=0.05),
         dict(accumulate=2, rsp_probability=0.8, random_offset=True),
         ("one device", "data", "fsdp", "tensor", "mixed"),
