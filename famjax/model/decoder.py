@@ -26,7 +26,7 @@ def remat(function, policy: str):
     function: any function of arrays.
     policy: "none" keeps everything; "dots" keeps matrix products; "dots_no_batch" keeps products
       with weights, not attention's; "full" keeps the layer's input. All of them keep
-      each block's FAM as well (`memory.kept`; memories of other kinds have no such mark).
+      what `memory.kept` marks as well: FAMs that go with their tokens.
   """
   if policy == "none":
     return function

@@ -135,7 +135,6 @@ def feedback(
     for path, one in projections(here).items():
       one.tap = nnx.data(taps[path])
     new, fam_keys, fam_values = update(here, fam, keys, values, write, read, first & (t == 0))
-    new = kept(new)
     if full is not None:
       new = jnp.where(full[:, None, None], new, fam)
     return new, (fam_keys, fam_values)
@@ -150,10 +149,10 @@ def feedback(
 
 
 def kept(fam: jax.Array) -> jax.Array:
-  """A block's FAM, which every layer keeps for its backward pass (`decoder.remat`).
+  """A block's FAM that goes with its tokens, which every layer keeps for its backward pass (`decoder.remat`).
 
-  It is `F` of `N` vectors. Made again it would ask for the layer's last product, which nothing else in the
-  backward pass needs: of the FAM's vectors, and of its block's tokens where they go with it.
+  It is `F` of `N` vectors. Made again it would ask for the layer's last product with the tokens beside it,
+  which nothing else in the backward pass needs.
   """
   return checkpoint_name(fam, KEPT)
 
