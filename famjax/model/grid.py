@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from famjax.model import axes, blocks, memory
-from famjax.model.attention import KeySet, attend
+from famjax.model.attention import KeySet
 from famjax.model.blocks import Layout
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer
@@ -86,19 +86,18 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config
   """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after the call."""
   P, N = past.num_blocks, x.shape[2]
   known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), past, own)  # [B, P + T, K, N, d]
+  cut = lambda tree, begin, end: jax.tree.map(lambda x: x[:, begin:end], tree)
   out = []
   for t in range(layout.num_blocks):
     at = lambda tree, t=t: jax.tree.map(lambda x: x[:, t], tree)
-    cut = lambda tree, begin, end: jax.tree.map(lambda x: x[:, begin:end], tree)
     segments = cut(known, max(P + t - config.memory.memory_segments, 0), P + t)
     mine, here = cut(own, t, t + 1), layout.replace(block=layout.block + t, num_blocks=1)
-    fam_queries, *seen = layer.project(fam, at(turns.write), at(turns.read))
-    seen = KeySet(*(x[:, None] for x in seen))  # [B, 1, K, F, d]
-    a = blocks.attend(queries[:, t : t + 1], segments, mine, seen, here, config)
-    af = attend(fam_queries[:, None], [seen, KeySet(mine.keys, mine.values)], layer.cap)
-    residual = jnp.where(first[:, None, None], 0, fam) if t == 0 else fam  # B.1
+    af, residual, seen = memory.read_block(
+        layer, fam, KeySet(mine.keys, mine.values), at(turns.write), at(turns.read), first & (t == 0)
+    )
+    a = blocks.attend(queries[:, t : t + 1], segments, mine, seen, here, config)[:, 0]
     both = layer.close(  # [B, N + F, D]
-        jnp.concatenate([a, af], axis=3)[:, 0], jnp.concatenate([x[:, t], residual], axis=1)
+        jnp.concatenate([a, af], axis=2), jnp.concatenate([x[:, t], residual], axis=1)
     )
     out.append(both[:, :N])
     new = memory.kept(both[:, N:])

@@ -82,14 +82,23 @@ def update(
   Returns:
     Fn `[B, F, D]`, and Kf, Vf `[B, K, F, d]`.
   """
-  queries, keys, values = layer.project(fam, write, read)
-  attended = attend(
-      queries[:, None],
-      [KeySet(keys[:, None], values[:, None]), KeySet(block_keys, block_values)],
-      layer.cap,
-  )[:, 0]
-  residual = jnp.where(first[:, None, None], 0, fam)
-  return layer.close(attended, residual), keys, values
+  block = KeySet(block_keys, block_values)
+  attended, residual, seen = read_block(layer, fam, block, write, read, first)
+  return layer.close(attended, residual), seen.keys[:, 0], seen.values[:, 0]
+
+
+def read_block(
+    layer: Layer, fam: jax.Array, block: KeySet, write: Turn, read: Turn, first: jax.Array
+) -> tuple[jax.Array, jax.Array, KeySet]:
+  """`update` up to `layer.close`: what a FAM's vectors read of a block and of themselves.
+
+  Returns:
+    What `close` takes, `[B, H, F, d]` and `[B, F, D]`, and Kf with Vf, `[B, 1, K, F, d]`.
+  """
+  queries, *seen = layer.project(fam, write, read)
+  seen = KeySet(*(x[:, None] for x in seen))
+  attended = attend(queries[:, None], [seen, block], layer.cap)[:, 0]
+  return attended, jnp.where(first[:, None, None], 0, fam), seen
 
 
 def feedback(
