@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from famjax.model import axes
+from famjax.model.products import float32_product
 
 _MASKED = -1e30  # finite, so that a row without any visible key would give numbers and not NaN
 
@@ -68,10 +69,8 @@ def attend(
     t = keys.shape[1]
     weight = jnp.exp(score - top[:, T - t :, ..., None])
     total += _pad_blocks(weight.sum(axis=-1), T, 0)
-    part = jnp.einsum(
-        "BTKgm,BTKmd->BTKgd", weight.astype(values.dtype).reshape(B, t, K, G * n, -1), values,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    weight = weight.astype(values.dtype).reshape(B, t, K, G * n, -1)
+    part = float32_product("BTKgm,BTKmd->BTKgd", weight, values)
     out += _pad_blocks(part, T, 0)
   out = out / total.reshape(B, T, K, G * n, 1)
   return out.astype(values.dtype).reshape(B, T, H, n, d)
@@ -100,9 +99,7 @@ def probabilities(
 
 def _scores(queries: jax.Array, one: KeySet, G: int, cap: float | None) -> jax.Array:
   """float32 `[B, t, K, G, n, m]`: scores of queries `[B, t, K, G * n, d]` against a set."""
-  score = jnp.einsum(
-      "BTKgd,BTKmd->BTKgm", queries, one.keys, preferred_element_type=jnp.float32
-  )  # fmt: skip
+  score = float32_product("BTKgd,BTKmd->BTKgm", queries, one.keys)
   score = score.reshape(*score.shape[:3], G, score.shape[3] // G, score.shape[4])
   if cap is not None:
     score = cap * jnp.tanh(score / cap)

@@ -14,7 +14,8 @@ import numpy as np
 
 from famjax.model import axes, blocks, grid, memory, recurrent, rope, strategy, within
 from famjax.model.config import ModelConfig
-from famjax.model.layers import Layer, Norm, Projection, float32_product
+from famjax.model.layers import Layer, Norm, Projection
+from famjax.model.products import float32_product
 from famjax.model.state import LayerMemory, Recent, State, empty_state
 from famjax.model.state import layer_memories, settle, unstack
 
@@ -341,11 +342,13 @@ class Decoder(nnx.Module):
 def turns_of(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
   """The rotations of a call, for layers of one kind; `offset` int32 `[B]` is the rows'."""
   N = config.memory.block_size
-  positions = layout.positions(N) + offset[:, None, None]
   block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
+  slots = layout.slot[:, None, None] + jnp.arange(layout.num_slots) if layout.within else None
   next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
   return memory.Turns(
-      token=rope.rotation(positions, rope.frequencies(config)),
+      token=rope.rotation(
+          block * N + offset[:, None], np.arange(N), rope.frequencies(config), slots
+      ),
       write=fam_turn(block, offset[:, None], config),
       read=fam_turn(block - 1, offset[:, None], config),
       after=fam_turn(next_block - 1, offset, config),
@@ -355,5 +358,4 @@ def turns_of(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> m
 
 def fam_turn(block: jax.Array, offset: jax.Array, config: ModelConfig) -> memory.Turn:
   """The rotation of the FAM that blocks `block` write, for layers of one kind; see `rope`."""
-  positions, fraction = rope.fam_positions(block, offset, config.memory)
-  return rope.rotation(positions, rope.frequencies(config), fraction)
+  return rope.rotation(*rope.fam_positions(block, offset, config.memory), rope.frequencies(config))

@@ -19,7 +19,7 @@ from famjax.model import axes, blocks, memory
 from famjax.model.attention import KeySet
 from famjax.model.blocks import Layout
 from famjax.model.config import ModelConfig
-from famjax.model.layers import Layer
+from famjax.model.layers import Layer, in_turns
 from famjax.model.memory import Turns
 from famjax.model.state import LayerMemory
 
@@ -88,18 +88,29 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config
   known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), past, own)  # [B, P + T, K, N, d]
   cut = lambda tree, begin, end: jax.tree.map(lambda x: x[:, begin:end], tree)
   out = []
-  for t in range(layout.num_blocks):
+  for t, one in enumerate(_in_turns(layer, layout.num_blocks, fam, N, config)):
     at = lambda tree, t=t: jax.tree.map(lambda x: x[:, t], tree)
     segments = cut(known, max(P + t - config.memory.memory_segments, 0), P + t)
     mine, here = cut(own, t, t + 1), layout.replace(block=layout.block + t, num_blocks=1)
     af, residual, seen = memory.read_block(
-        layer, fam, KeySet(mine.keys, mine.values), at(turns.write), at(turns.read), first & (t == 0)
+        one, fam, KeySet(mine.keys, mine.values), at(turns.write), at(turns.read), first & (t == 0)
     )
     a = blocks.attend(queries[:, t : t + 1], segments, mine, seen, here, config)[:, 0]
-    both = layer.close(  # [B, N + F, D]
+    both = one.close(  # [B, N + F, D]
         jnp.concatenate([a, af], axis=2), jnp.concatenate([x[:, t], residual], axis=1)
     )
     out.append(both[:, :N])
     new = memory.kept(both[:, N:])
     fam = new if layout.full is None else jnp.where(layout.full[:, t, None, None], new, fam)
   return jnp.stack(out, axis=1), fam
+
+
+def _in_turns(layer, T, fam, N, config):
+  """The layer for each block. Gradients of matrices are made once for all blocks, and once go over devices."""
+  if config.lora_rank:  # its factors' gradients are small, and what they are made of is kept for no block
+    return [layer] * T
+  (B, F, _), fam_only = fam.shape, ("query", "key", "value")
+  rows = lambda path: (B, F if path[-1] in fam_only else N + F)
+  taps, in_turn = in_turns(layer, T, rows, fam.dtype)
+  taps = {path: list(zip(*map(jnp.unstack, tap))) for path, tap in taps.items()}
+  return [in_turn({path: tap[t] for path, tap in taps.items()}) for t in range(T)]

@@ -1,7 +1,6 @@
 """The weights of one decoder layer, and the path that tokens and FAM vectors both take through it."""
 
 from collections.abc import Callable
-import functools
 import math
 
 from flax import nnx
@@ -13,6 +12,7 @@ from famjax.model import deferred, lora, rope
 from famjax.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
+Taps = dict[tuple, deferred.Tap]  # by a projection's path
 _MANY = 1024  # vectors, on all devices: moving them takes longer than moving a matrix does
 
 
@@ -117,43 +117,44 @@ class Projection(nnx.Module):
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A product that keeps the float32 of its sums, as logits do.
-
-  What comes back is rounded to the dtype of `x` first, as it is at any other product: float32
-  factors would take the backward pass off a device's fast units.
-
-  Args:
-    equation: as "...D,VD->...V", a letter of each.
-    x: `[..., D]`.
-    kernel: is cast to the dtype of `x`.
-  """
-  return jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _float32_product_forward(equation, x, kernel):
-  return float32_product(equation, x, kernel), (x, kernel)
-
-
-def _float32_product_backward(equation, kept, given):
-  x, kernel = kept
-  given = given.astype(x.dtype)
-  inputs, of_kernel, outputs = lora.letters(equation)
-  of_x = jnp.einsum(f"...{outputs},{of_kernel}->...{inputs}", given, kernel.astype(x.dtype))
-  flat = lambda x: x.reshape(-1, x.shape[-1])
-  of_kernel = jnp.einsum(
-      f"n{outputs},n{inputs}->{of_kernel}", flat(given), flat(x), preferred_element_type=jnp.float32
-  )
-  return of_x, of_kernel.astype(kernel.dtype)
-
-
-float32_product.defvjp(_float32_product_forward, _float32_product_backward)
-
-
 def projections(module: nnx.Module) -> dict[tuple, Projection]:
   """All that a module has, by their paths."""
   return {path: one for path, one in nnx.iter_modules(module) if isinstance(one, Projection)}
+
+
+def in_turns(
+    module: nnx.Module,
+    turns: int,
+    rows: Callable[[tuple], tuple[int, ...]],
+    dtype: jnp.dtype,
+) -> tuple[Taps, Callable[[Taps], nnx.Module]]:
+  """A module for a loop, every turn of which multiplies by the same matrices.
+
+  What the matrices get of their gradients is made after the last turn, for all of them (`deferred`).
+
+  Args:
+    module: with projections.
+    turns: T.
+    rows: of the vectors that a turn gives to the projection at a path.
+    dtype: of the vectors.
+
+  Returns:
+    Arrays `[T, ...]` for the loop to go over, and what makes of a turn's part of them the module in
+    that turn.
+  """
+  taps = {path: one.taps(turns, rows(path), dtype) for path, one in projections(module).items()}
+  graphdef, matrices, others = nnx.split(module, lambda path, _: path[:-1] in taps, ...)
+  matrices = jax.lax.stop_gradient(matrices)
+  kernels, matrices = nnx.split_state(matrices, lambda path, _: path[-1] == "kernel", ...)
+  kernels = jax.tree.map(lambda x: x.astype(dtype), kernels)  # not in each turn anew
+
+  def in_turn(taps):
+    here = nnx.merge(graphdef, kernels, matrices, others)
+    for path, one in projections(here).items():
+      one.tap = nnx.data(taps[path])
+    return here
+
+  return taps, in_turn
 
 
 def _projections(config: ModelConfig, room: str, rngs: nnx.Rngs):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from famjax.model.config import ModelConfig
+from famjax.model.products import letters
 
 Params = dict[str, Any]
 NAMES = ("lora_a", "lora_b")
@@ -122,11 +123,6 @@ def _of_both(equation, x, low, kernel, factor, axis):
 def _to_both(equation, x, kernel, factor, axis):
   y = jnp.einsum(equation, x, jnp.concatenate([kernel, factor], axis))
   return jnp.split(y, [kernel.shape[axis]], axis=-1)
-
-
-def letters(equation: str) -> list[str]:
-  """Inputs, the kernel's axes and outputs, a letter each: of "...Hd,HdD->...D" Hd, HdD and D."""
-  return equation.replace("...", "").replace("->", ",").split(",")
 
 
 @jax.jit

@@ -14,13 +14,12 @@ its carry; the tokens of all blocks then go through attention and feed-forward a
 
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from famjax.model.attention import KeySet, attend
-from famjax.model.layers import Layer, projections
+from famjax.model.layers import Layer, in_turns
 
 KEPT = "fam"  # name of what `kept` marks
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine
@@ -129,24 +128,15 @@ def feedback(
   """
 
   T = block_keys.shape[1]
-  # Every turn multiplies by the same matrices; what they get of it is made after the last.
-  taps = {
-      path: one.taps(T, fam.shape[:2], fam.dtype) for path, one in projections(layer).items()
-  }
-  graphdef, matrices, others = nnx.split(layer, lambda path, _: path[:-1] in taps, ...)
-  matrices = jax.lax.stop_gradient(matrices)
-  kernels, matrices = nnx.split_state(matrices, lambda path, _: path[-1] == "kernel", ...)
-  kernels = jax.tree.map(lambda x: x.astype(fam.dtype), kernels)  # not in each turn anew
+  B, F, _ = fam.shape
+  taps, in_turn = in_turns(layer, T, lambda _: (B, F), fam.dtype)
 
   def step(fam, block):
     t, keys, values, write, read, full, taps = block
-    here = nnx.merge(graphdef, kernels, matrices, others)
-    for path, one in projections(here).items():
-      one.tap = nnx.data(taps[path])
-    new, fam_keys, fam_values = update(here, fam, keys, values, write, read, first & (t == 0))
+    new, *seen = update(in_turn(taps), fam, keys, values, write, read, first & (t == 0))
     if full is not None:
       new = jnp.where(full[:, None, None], new, fam)
-    return new, (fam_keys, fam_values)
+    return new, seen
 
   # The axis of the blocks stays, with one of them: what the backward pass keeps of a block's keys
   # is then a slice of those that there are. Without it they would be copied.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax.model import axes
 from famjax.model.config import MemoryConfig, ModelConfig
 
 # Positions are split into coarse * _STRIDE + fine. A float32 angle of position 1,000,000 is off by
@@ -36,28 +37,42 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotation(
-    positions: jax.Array, frequency: np.ndarray, fraction: jax.Array | float = 0.0
+    start: jax.Array, steps: np.ndarray, frequency: np.ndarray, which: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine of every position's angles.
+  """Cosine and sine of every position's angles: those of `start` turned on by each of the steps.
+
+  Those of the steps are part of the program, made in float64: within a block there is no other error.
 
   Args:
-    positions: `[...]` int32 positions.
+    start: `[...]` int32 positions.
+    steps: `[n]`, what is added to each of them; they may be fractions, of which float32 positions
+      have none left at 1,000,000.
     frequency: `[d / 2]`, from `frequencies`.
-    fraction: added to the positions, and broadcastable to them; apart from them, as float32 has no
-      fractions left at position 1,000,000.
+    which: int `[..., k]`, places among the steps, of which alone there shall be angles; None: all.
 
   Returns:
-    Two float32 arrays `[..., d / 2]`.
+    Two float32 arrays `[..., n or k, d / 2]`.
   """
   coarse_turn = np.remainder(_STRIDE * frequency, 2 * np.pi).astype(np.float32)
   # Towards 0, so that the positions just before 0, the initial FAM's, are exact as well.
-  coarse = jnp.sign(positions) * jnp.floor_divide(jnp.abs(positions), _STRIDE)
-  fine = (positions - coarse * _STRIDE).astype(jnp.float32) + fraction
+  coarse = jnp.sign(start) * jnp.floor_divide(jnp.abs(start), _STRIDE)
+  fine = (start - coarse * _STRIDE).astype(jnp.float32)
   angle = (
       coarse.astype(jnp.float32)[..., None] * coarse_turn
       + fine[..., None] * frequency.astype(np.float32)
-  )
-  return jnp.cos(angle), jnp.sin(angle)
+  )[..., None, :]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  on = np.asarray(steps, np.float64)[:, None] * frequency
+  cos_on, sin_on = (jnp.asarray(f(on), jnp.float32) for f in (np.cos, np.sin))  # [n, d / 2]
+  if which is not None:
+    cos_on, sin_on = (jnp.take(x, which, axis=0, mode="clip") for x in (cos_on, sin_on))
+  cos, sin = cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on
+  if axes.platform() == "cpu":
+    # XLA makes a sum, and no product, anew in everything that reads it: cosines in each layer of a
+    # written-out model took a seventh of its forward pass.
+    one = np.eye(frequency.size, dtype=np.float32)
+    cos, sin = cos @ one, sin @ one
+  return cos, sin
 
 
 def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -71,7 +86,7 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def fam_positions(
     block: jax.Array, offset: jax.Array, memory: MemoryConfig
-) -> tuple[jax.Array, jax.Array | float]:
+) -> tuple[jax.Array, np.ndarray]:
   """Where the FAM written by block `block` stands (B.2.1).
 
   Args:
@@ -80,12 +95,12 @@ def fam_positions(
     memory: gives N, F and the rule: "last", "float" or "zero".
 
   Returns:
-    int32 `[..., F]` positions, and float32 `[F]` fractions to add to them ("float"; else 0).
+    int32 `[...]` positions, and the steps `[F]` from there, for `rotation`.
   """
-  slot = jnp.arange(memory.length)
-  end = ((block + 1) * memory.block_size + offset)[..., None]  # first position of the next block
+  slot = np.arange(memory.length)
+  end = (block + 1) * memory.block_size + offset  # first position of the next block
   if memory.fam_position == "zero":
-    return jnp.zeros_like(end + slot), 0.0
+    return jnp.zeros_like(end), 0 * slot
   if memory.fam_position == "last":
-    return end - memory.length + slot, 0.0
-  return end - 1 + 0 * slot, (slot + 1) / (memory.length + 1)
+    return end, slot - memory.length
+  return end - 1, (slot + 1) / (memory.length + 1)

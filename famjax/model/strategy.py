@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famjax.errors import UserError
 from famjax.model import rope
@@ -45,15 +46,15 @@ class Block:
   after: int
   past: tuple[KeySet, ...] = ()
 
-  def turn(self, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def turn(self, place: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B, n, d/2]` at places `[n]` counted from the block's first token."""
-    positions = self.index[:, None] * self.config.memory.block_size + self.offset[:, None] + place
-    return rope.rotation(positions, rope.frequencies(self.config))
+    start = self.index * self.config.memory.block_size + self.offset
+    return rope.rotation(start, place, rope.frequencies(self.config))
 
   @property
-  def places(self) -> jax.Array:
+  def places(self) -> np.ndarray:
     """Places `[n]` of all vectors: those before the tokens are negative."""
-    return jnp.arange(-self.before, self.config.memory.block_size + self.after)
+    return np.arange(-self.before, self.config.memory.block_size + self.after)
 
   def tokens_of(self, x: jax.Array, axis: int) -> jax.Array:
     """The part of `n` vectors that the block's tokens are."""

@@ -27,6 +27,13 @@ BATCH = 2
 TOLERANCE = dict(rtol=1e-4, atol=2e-4)
 
 
+class On:
+  """A placement that knows no more than its platform."""
+
+  def __init__(self, platform):
+    self.platform = platform
+
+
 def _config(kind, block_size, memory_segments, fam_length, layers, heads, dim=8, **options):
   names = ("fam_init", "fam_position", "stop_gradient", "window")
   memory = {name: options.pop(name) for name in names if name in options}

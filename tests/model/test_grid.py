@@ -93,16 +93,9 @@ def test_no_last_product_is_made_again_for_the_backward_pass():
   assert len(re.findall(shape, program)) == blocks
 
 
-class On:
-  """A placement that knows no more than its platform."""
-
-  def __init__(self, platform):
-    self.platform = platform
-
-
 def test_what_auto_means():
   for platform, unrolled in {"tpu": "with_tokens", "cpu": "with_tokens", "gpu": "before_tokens"}.items():
-    with axes.placed_by(On(platform)):
+    with axes.placed_by(cases.On(platform)):
       for config, blocks, order in (
           (ModelConfig(feedback_unroll=8), 8, unrolled),
           (ModelConfig(feedback_unroll=8), 9, "before_tokens"),

@@ -10,20 +10,27 @@ from jax.sharding import AbstractMesh, AxisType
 import pytest
 
 from famjax import configuration
+from famjax.model import axes, grid
 from famjax.parallel.mesh import AXES
 from famjax.parallel.placement import Placement
 from famjax.training import trainable
 from famjax.training.optimizer import make_optimizer
 from famjax.training.train_state import abstract, axes_of, init_train_state
+from tests.model import cases
 
 SIZES = {"1b": 32, "8b": 64, "24b": 128}  # and their chips
 PLACE = pathlib.Path(__file__).with_name("snapshots")
 
 
+def run_of(size: str) -> dict:
+  """What the gin files of a size make."""
+  files = ["gin/runs/finetune_flan.gin", f"gin/models/flan_{size}.gin", f"gin/slices/flan_{size}.gin"]
+  return configuration.run_from_gin(files, ["ModelConfig.vocab_size=256000"])
+
+
 def snapshot(size: str) -> str:
   """One line for every array of the training state: name, shape, dtype, mesh axes."""
-  files = ["gin/runs/finetune_flan.gin", f"gin/models/flan_{size}.gin", f"gin/slices/flan_{size}.gin"]
-  run = configuration.run_from_gin(files, ["ModelConfig.vocab_size=256000"])
+  run = run_of(size)
   sizes = run["mesh"].sizes(SIZES[size])
   mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
   model, optimizer = run["model"], make_optimizer(run["optimizer"], 10)
@@ -45,6 +52,14 @@ def snapshot(size: str) -> str:
 @pytest.mark.parametrize("size", SIZES)
 def test_shardings_are_those_that_are_written_down(size):
   assert snapshot(size) == (PLACE / f"flan_{size}.txt").read_text()
+
+
+def test_a_fam_goes_with_its_tokens():
+  for size in SIZES:
+    run = run_of(size)
+    blocks = run["length"] // run["model"].memory.block_size
+    with axes.placed_by(cases.On("tpu")):
+      assert grid.order_of(run["model"], blocks) == "with_tokens"
 
 
 def test_every_large_frozen_weight_is_split():

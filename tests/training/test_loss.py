@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from famjax.model.layers import float32_product
+from famjax.model.products import float32_product
 from famjax.training.flops import products
 from famjax.training.loss import distillation_loss, next_token_loss
 

@@ -20,6 +20,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famjax.errors import UserError
 from famjax.model import memory as fam_memory
@@ -74,14 +75,14 @@ class Feedback(strategy.Strategy):
     """The initial FAM of B.1: newest of the `previous`, the others are yet to be."""
     F, zero = config.memory.fam_length, jnp.zeros(1, jnp.int32)
     fams = jnp.zeros((self.previous, *climbing.shape), climbing.dtype).at[0].set(climbing)
-    before = strategy.Block(config, zero, zero, 0, 0).turn(jnp.arange(-F, 0))
+    before = strategy.Block(config, zero, zero, 0, 0).turn(np.arange(-F, 0))
     turn = jax.tree.map(lambda x: x[0], before)
     return (fams, climbing), fam_memory.climb(layer, climbing, turn)
 
   def layer(self, own, layer, x, memory, block):
     N, F = block.config.memory.block_size, block.config.memory.fam_length
     fams, initial = memory  # [B, previous, F, D], the newest first, and [B, F, D]
-    place = jnp.arange(N - F, N)
+    place = np.arange(N - F, N)
     queries, keys, values = strategy.project(layer, x, block)
     sets = list(block.past)
     for j in range(self.previous):
@@ -116,7 +117,7 @@ class Feedback(strategy.Strategy):
       total = -self.diversity * entropy
     if self.reconstruct:
       N = block.config.memory.block_size
-      place = jnp.arange(N - new.shape[1], N)
+      place = np.arange(N - new.shape[1], N)
       made = layer.keys_values(new, block.turn(place))
       again = attend(queries[:, None], [KeySet(*(part[:, None] for part in made))], layer.cap)
       true = jax.lax.stop_gradient(attend(queries[:, None], [causal], layer.cap))

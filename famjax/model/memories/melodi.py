@@ -18,6 +18,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famjax.model import strategy
 from famjax.model.attention import KeySet
@@ -78,7 +79,7 @@ class ShortMemory(strategy.Strategy):
   def layer(self, own, layer, x, memory, block):
     S = block.after
     queries, keys, values = strategy.project(layer, x, block)
-    short = layer.keys_values(memory, block.turn(jnp.arange(-S, 0)))
+    short = layer.keys_values(memory, block.turn(np.arange(-S, 0)))
     exists = (block.index > 0)[:, None, None, None, None, None]
     seen = KeySet(*(part[:, None] for part in short), mask=exists)
     x = layer.close(

@@ -19,6 +19,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from famjax.errors import UserError
 from famjax.model import strategy
@@ -110,7 +111,7 @@ class AutoCompressors(strategy.Strategy):
 
   def layer(self, own, layer, x, memory, block):
     N, P = block.config.memory.block_size, block.after
-    turn = block.turn(jnp.clip(block.places, -1, N))
+    turn = block.turn(np.clip(block.places, -1, N))
     queries, keys, values = layer.project(x, turn, turn)
     n = x.shape[1]
     written = jnp.minimum(block.index, self.most) * P  # vectors before the block that are summaries
