@@ -106,8 +106,8 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config
 
 
 def _in_turns(layer, T, fam, N, config):
-  """The layer for each block. Gradients of matrices are made once for all blocks, and once go over devices."""
-  if config.lora_rank:  # its factors' gradients are small, and what they are made of is kept for no block
+  """The layer for each block; a matrix's gradient is made for all of them at once, and goes over devices once."""
+  if config.lora_rank:  # what its small factors' gradients are made of shall not be kept for all blocks
     return [layer] * T
   (B, F, _), fam_only = fam.shape, ("query", "key", "value")
   rows = lambda path: (B, F if path[-1] in fam_only else N + F)

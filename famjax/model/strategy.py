@@ -47,7 +47,7 @@ class Block:
   past: tuple[KeySet, ...] = ()
 
   def turn(self, place: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, n, d/2]` at places `[n]` counted from the block's first token."""
+    """Cosine and sine `[B, n, d/2]` at places `[n]`, known beforehand, from the block's first token on."""
     start = self.index * self.config.memory.block_size + self.offset
     return rope.rotation(start, place, rope.frequencies(self.config))
 

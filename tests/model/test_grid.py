@@ -93,6 +93,21 @@ def test_no_last_product_is_made_again_for_the_backward_pass():
   assert len(re.findall(shape, program)) == blocks
 
 
+@pytest.mark.parametrize("order", ["with_tokens", "before_tokens"])
+def test_a_matrix_has_one_gradient_for_all_blocks(order):
+  """Devices send gradients of whole matrices, so that there is one of tokens and FAM, or one of each."""
+  blocks = 5
+  config = cases.fam(SIZE, 1, 2, 1, (2, 1), feedback_order=order, fam_init="prefix")
+  params = cases.random_params(config, 0)
+  tokens = jnp.zeros((1, blocks * SIZE), jnp.int32)
+  loss = lambda params: cases.model(config, params)(tokens)[0].sum()
+  program = jax.jit(jax.grad(loss)).lower(params).as_text()
+  rows = blocks * (SIZE + config.memory.length), blocks * SIZE, blocks * config.memory.length
+  factors = f"tensor<({'|'.join(map(str, rows))})x({config.model_dim}|{config.hidden_width})xf32>"
+  gradients = re.findall(f"dot_general[^\n]*contracting_dims = .0. x .0.[^\n]*{factors}, {factors}", program)
+  assert len(gradients) == 3 * (1 if order == "with_tokens" else 2)  # gate, up and down
+
+
 def test_what_auto_means():
   for platform, unrolled in {"tpu": "with_tokens", "cpu": "with_tokens", "gpu": "before_tokens"}.items():
     with axes.placed_by(cases.On(platform)):

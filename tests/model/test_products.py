@@ -35,5 +35,6 @@ def test_a_product_and_its_gradients(equation, dtype, platform):
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
   want_x, want_y = back(rounded(given))
   # What goes back to bfloat16 factors is rounded to 8 bits; sums of float32 are in another order.
-  np.testing.assert_allclose(of_x.astype(jnp.float32), want_x, rtol=2**-7 if dtype == "bfloat16" else 1e-5, atol=1e-5)
+  most = 2**-7 if dtype == "bfloat16" else 1e-5
+  np.testing.assert_allclose(of_x.astype(jnp.float32), want_x, rtol=most, atol=1e-5)
   np.testing.assert_allclose(of_y, want_y, rtol=1e-5, atol=1e-5)
