@@ -3,7 +3,8 @@
 The feedback loop multiplies a few vectors by all of a layer's matrices, block after block. A scan's
 backward pass would add a whole matrix's gradient to a sum in every turn, which moves far more bytes
 than the vectors' own products. Here a turn leaves behind what went into each product and the gradient
-of what came out, a few vectors each, and one product over all turns makes the gradient of a matrix:
+of what came out, a few vectors each, and one product over all turns makes the gradient of a matrix. Blocks
+that are written out, tokens and all, have taps for another reason: each gradient would go over devices.
 
     taps = make_taps(function, weights, turns, x)          zeros, one for each turn
     in a turn:  y = listen(function(stop_gradient(weights), x), x, tap)

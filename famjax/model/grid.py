@@ -88,7 +88,7 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config
   known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), past, own)  # [B, P + T, K, N, d]
   cut = lambda tree, begin, end: jax.tree.map(lambda x: x[:, begin:end], tree)
   out = []
-  for t, one in enumerate(_in_turns(layer, layout.num_blocks, fam, N, config)):
+  for t, one in enumerate(_layer_of_each_block(layer, layout.num_blocks, fam, N, config)):
     at = lambda tree, t=t: jax.tree.map(lambda x: x[:, t], tree)
     segments = cut(known, max(P + t - config.memory.memory_segments, 0), P + t)
     mine, here = cut(own, t, t + 1), layout.replace(block=layout.block + t, num_blocks=1)
@@ -105,9 +105,12 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config
   return jnp.stack(out, axis=1), fam
 
 
-def _in_turns(layer, T, fam, N, config):
-  """The layer for each block; a matrix's gradient is made for all of them at once, and goes over devices once."""
-  if config.lora_rank:  # what its small factors' gradients are made of shall not be kept for all blocks
+def _layer_of_each_block(layer, T, fam, N, config):
+  """The layer, T times; a matrix's gradient is made for all blocks at once, and goes over devices once.
+
+  What it is made of is kept up to the last block, which LoRA is spared: its gradients are small.
+  """
+  if config.lora_rank:
     return [layer] * T
   (B, F, _), fam_only = fam.shape, ("query", "key", "value")
   rows = lambda path: (B, F if path[-1] in fam_only else N + F)

@@ -56,7 +56,7 @@ class Projection(nnx.Module):
     bias: `[out...]`, where there is one.
     lora_a, lora_b: float32 `[in..., r]` and `[r, out...]`, where LoRA adds their product, times
       `lora_scale`, to the kernel. The product of a new pair is 0.
-    tap: None; in a turn of the feedback loop, what makes its gradient later (`deferred`).
+    tap: None; where the layer is used once a block, what makes its gradient later (`deferred`).
   """
 
   def __init__(

@@ -41,7 +41,7 @@ def rotation(
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of every position's angles: those of `start` turned on by each of the steps.
 
-  Those of the steps are part of the program, made in float64: within a block there is no other error.
+  Those of the steps are part of the program, made in float64: all error within a block is its start's.
 
   Args:
     start: `[...]` int32 positions.
@@ -49,6 +49,7 @@ def rotation(
       have none left at 1,000,000.
     frequency: `[d / 2]`, from `frequencies`.
     which: int `[..., k]`, places among the steps, of which alone there shall be angles; None: all.
+      Places past the last, of slots without a token, get the last one's.
 
   Returns:
     Two float32 arrays `[..., n or k, d / 2]`.

@@ -46,8 +46,12 @@ class Block:
   after: int
   past: tuple[KeySet, ...] = ()
 
-  def turn(self, place: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, n, d/2]` at places `[n]`, known beforehand, from the block's first token on."""
+  def turn(self, place: np.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B, n, d/2]` at places `[n]` counted from the block's first token.
+
+    Args:
+      place: a list or of NumPy: the program is made for them. An array of JAX is an error.
+    """
     start = self.index * self.config.memory.block_size + self.offset
     return rope.rotation(start, place, rope.frequencies(self.config))
 

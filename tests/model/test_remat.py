@@ -44,3 +44,16 @@ def test_full_keeps_least(compiled):
   memory = {policy: compiled[policy][1] for policy in REMAT_POLICIES}
   assert memory["full"] < 0.6 * memory["none"]
   assert memory["full"] <= memory["dots_no_batch"] <= memory["none"]
+
+
+@pytest.mark.parametrize("unroll", [1, 8])
+def test_dots_makes_no_product_again(unroll):
+  """Attention's have a backward pass of their own, through which a policy sees no product by itself."""
+
+  def products(policy):
+    config = dataclasses.replace(CONFIG, remat=policy, feedback_unroll=unroll)
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    loss = lambda params: jnp.square(nnx.merge(graphdef, params)(TOKENS)[0]).mean()
+    return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
+
+  assert products("dots") == products("none") < products("full")
