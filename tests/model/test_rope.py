@@ -10,12 +10,12 @@ from famjax.model.config import MemoryConfig, ModelConfig
 from tests.model import cases
 
 
-def largest_error(start, steps, width, theta, which=None):
+def largest_error(start, steps, width, theta):
   """max |cos - exact|, |sin - exact| over starts, steps and pairs."""
   config = ModelConfig(head_dim=width, rope_theta=theta)
   start, steps = np.asarray(start, np.int32), np.asarray(steps)
-  cos, sin = rope.rotation(jnp.asarray(start), steps, rope.frequencies(config), which)
-  exact = start[..., None].astype(np.float64) + steps[slice(None) if which is None else which]
+  cos, sin = rope.rotation(jnp.asarray(start), steps, rope.frequencies(config))
+  exact = start[..., None].astype(np.float64) + steps
   angle = exact[..., None] * theta ** (-np.arange(0, width, 2) / width)
   return max(np.abs(cos - np.cos(angle)).max(), np.abs(sin - np.sin(angle)).max())
 
