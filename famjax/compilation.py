@@ -27,7 +27,7 @@ from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
 from famjax.training import distillation, trainable
 from famjax.training.config import TrainConfig
-from famjax.training.flops import flops_per_token, products
+from famjax.training.flops import flops_per_token, products, reading_flops_per_token
 from famjax.training.loop import check_step
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_train_step
@@ -202,7 +202,7 @@ def _decode(run: Run, placement: Placement):
 
 def _forward(model: ModelConfig, length: int) -> float:
   """FLOPs of a token by formula, forward alone, in rows that have been read for long."""
-  return flops_per_token(model, length, followed=True).total / 3
+  return reading_flops_per_token(model, length, followed=True)
 
 
 def _inference(run: Run, placement: Placement):

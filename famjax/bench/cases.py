@@ -32,7 +32,7 @@ from famjax.model.decoder import Decoder
 from famjax.model.state import num_bytes
 from famjax.parallel import hlo
 from famjax.training.config import TrainConfig
-from famjax.training.flops import flops_per_token
+from famjax.training.flops import flops_per_token, reading_flops_per_token
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_train_step
 from famjax.training.train_state import abstract, init_train_state, split
@@ -118,9 +118,9 @@ def cost_of(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Cost:
   logits = 2.0 * model.model_dim * model.vocab_size
   if case.step == "prefill":  # logits are made of the last token of each chunk
     chunks = S // _chunk(model.memory, S)
-    inside = (flops_per_token(model, S).total / 3 - logits) * B * S
+    inside = (reading_flops_per_token(model, S) - logits) * B * S
     return Cost(B * S, inside + logits * B * chunks, float(size * chunks))
-  flops = flops_per_token(model, N, followed=True).total / 3 * B * N
+  flops = reading_flops_per_token(model, N, followed=True) * B * N
   state = jax.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)).init_state(B))
   return Cost(B * N, flops, float(N * (size + num_bytes(state))))
 

@@ -104,6 +104,7 @@ class Decoder(nnx.Module):
       lengths: jax.Array | None = None,
       aligned: bool = False,
       within_block: bool = False,
+      detached: bool = False,
   ) -> tuple[jax.Array, State]:
     """Reads tokens after what `state` remembers.
 
@@ -118,13 +119,16 @@ class Decoder(nnx.Module):
         training and prefill a block of padding.
       within_block: promises that no row's tokens reach into another block than the one that it is
         in, which saves the rest of that block. A single token never does.
+      detached: promises that no gradient comes back through the state after the tokens, as between
+        steps of training, which saves the last block's FAM its backward pass, and where the state is
+        not read either, the whole of it.
 
     Returns:
       float32 logits `[B, S, V]` and the state after the tokens.
     """
     hidden, state = self.hidden(
         tokens, state, start_of_sequence=start_of_sequence, lengths=lengths,
-        aligned=aligned, within_block=within_block,
+        aligned=aligned, within_block=within_block, detached=detached,
     )  # fmt: skip
     return self.logits(hidden), state
 
@@ -166,6 +170,7 @@ class Decoder(nnx.Module):
       lengths: jax.Array | None = None,
       aligned: bool = False,
       within_block: bool = False,
+      detached: bool = False,
   ) -> tuple[jax.Array, State]:
     """As `__call__`, up to the last layer's output `[B, S, D]`."""
     config, (B, S) = self.config, tokens.shape
@@ -209,7 +214,7 @@ class Decoder(nnx.Module):
         if starting:
           after = after._replace(fam=mine.fam, fam_keys=mine.fam_keys, fam_values=mine.fam_values)
       else:
-        x, after = grid.apply_layer(layer, x, mine, layout, turns, first, kinds[kind])
+        x, after = grid.apply_layer(layer, x, mine, layout, turns, first, kinds[kind], detached)
       return (axes.constrain(x, "batch", None, None, "width"), initial), after
 
     x = self.embed(layout.place(tokens, N))

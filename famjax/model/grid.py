@@ -32,6 +32,7 @@ def apply_layer(
     turns: Turns,
     first: jax.Array,
     config: ModelConfig,
+    detached: bool = False,
 ) -> tuple[jax.Array, LayerMemory]:
   """One layer over all blocks of a call: Algorithm 1, and with a FAM Algorithm 2.
 
@@ -43,6 +44,8 @@ def apply_layer(
     turns: rotations.
     first: bool `[B]`, the FAM has not been written yet.
     config: of the model.
+    detached: no gradient comes back through the memory after the call. What the last block writes then
+      stands alone: it has no backward pass, and where nobody reads it, it is not made at all.
 
   Returns:
     `x'` `[B, T, N, D]`, and the layer's memory after the call.
@@ -59,7 +62,10 @@ def apply_layer(
   if not config.memory.length:
     return layer.close(blocks.attend(queries, past, own, None, layout, config), x), after
   order = _with_tokens if order_of(config, layout.num_blocks) == "with_tokens" else _before_tokens
-  x, fam = order(layer, x, mine.fam, queries, past, own, layout, turns, first, config)
+  updates = layout.num_blocks - detached  # in the order; the last one apart
+  x, fam = order(layer, x, mine.fam, queries, past, own, layout, turns, first, updates, config)
+  if detached:
+    fam = jax.lax.stop_gradient(_write_last(layer, fam, own, layout, turns, first))
   fam_keys, fam_values = layer.keys_values(fam, turns.after)
   return x, after._replace(fam=fam, fam_keys=fam_keys, fam_values=fam_values)
 
@@ -72,48 +78,81 @@ def order_of(config: ModelConfig, num_blocks: int) -> str:
   return "with_tokens" if unrolled and axes.platform() != "gpu" else "before_tokens"
 
 
-def _before_tokens(layer, x, fam, queries, past, own, layout, turns, first, config):
-  """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after the call."""
+def _before_tokens(layer, x, fam, queries, past, own, layout, turns, first, updates, config):
+  """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after so many updates: T, or all but the last."""
+  parts = own.keys, own.values, turns.write, turns.read, layout.full
+  keys, values, write, read, full = _cut(parts, 0, updates)
   loop = memory.feedback(
-      layer, fam, own.keys, own.values, turns.write, turns.read, first, layout.full,
-      unroll=config.feedback_unroll,
-  )  # fmt: skip
+      layer, fam, keys, values, write, read, first, full, unroll=config.feedback_unroll
+  )
   seen = KeySet(loop.keys, loop.values)
+  if updates < layout.num_blocks:
+    last = layer.keys_values(loop.fam, _at(turns.read, updates))
+    seen = KeySet(*(jnp.concatenate([x, y[:, None]], axis=1) for x, y in zip(seen, last)))
   return layer.close(blocks.attend(queries, past, own, seen, layout, config), x), loop.fam
 
 
-def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, config):
-  """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after the call."""
+def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, updates, config):
+  """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after so many updates: T, or all but the last."""
   P, N = past.num_blocks, x.shape[2]
   known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), past, own)  # [B, P + T, K, N, d]
-  cut = lambda tree, begin, end: jax.tree.map(lambda x: x[:, begin:end], tree)
   out = []
-  for t, one in enumerate(_layer_of_each_block(layer, layout.num_blocks, fam, N, config)):
-    at = lambda tree, t=t: jax.tree.map(lambda x: x[:, t], tree)
-    segments = cut(known, max(P + t - config.memory.memory_segments, 0), P + t)
-    mine, here = cut(own, t, t + 1), layout.replace(block=layout.block + t, num_blocks=1)
+  for t, one in enumerate(_layer_of_each_block(layer, fam, layout.num_blocks, updates, N, config)):
+    segments = _cut(known, max(P + t - config.memory.memory_segments, 0), P + t)
+    mine, here = _cut(own, t, t + 1), layout.replace(block=layout.block + t, num_blocks=1)
+    attend = lambda seen: blocks.attend(queries[:, t : t + 1], segments, mine, seen, here, config)[:, 0]  # pylint: disable=cell-var-from-loop
+    if t == updates:
+      seen = KeySet(*(x[:, None] for x in one.keys_values(fam, _at(turns.read, t))))
+      out.append(one.close(attend(seen), x[:, t]))
+      continue
     af, residual, seen = memory.read_block(
-        one, fam, KeySet(mine.keys, mine.values), at(turns.write), at(turns.read), first & (t == 0)
-    )
-    a = blocks.attend(queries[:, t : t + 1], segments, mine, seen, here, config)[:, 0]
+        one, fam, KeySet(mine.keys, mine.values), _at(turns.write, t), _at(turns.read, t),
+        first & (t == 0),
+    )  # fmt: skip
     both = one.close(  # [B, N + F, D]
-        jnp.concatenate([a, af], axis=2), jnp.concatenate([x[:, t], residual], axis=1)
+        jnp.concatenate([attend(seen), af], axis=2), jnp.concatenate([x[:, t], residual], axis=1)
     )
     out.append(both[:, :N])
-    new = memory.kept(both[:, N:])
-    fam = new if layout.full is None else jnp.where(layout.full[:, t, None, None], new, fam)
+    fam = memory.where_full(_at(layout.full, t), memory.kept(both[:, N:]), fam)
   return jnp.stack(out, axis=1), fam
 
 
-def _layer_of_each_block(layer, T, fam, N, config):
+def _write_last(layer, fam, own, layout, turns, first):
+  """The FAM `[B, F, D]` after the call's last block, from the one before it."""
+  t = layout.num_blocks - 1
+  keys, values = _cut((own.keys, own.values), t, t + 1)
+  new, *_ = memory.update(
+      layer, fam, keys, values, _at(turns.write, t), _at(turns.read, t), first & (t == 0)
+  )
+  return memory.where_full(_at(layout.full, t), new, fam)
+
+
+def _layer_of_each_block(layer, fam, T, updates, N, config):
   """The layer, T times; a matrix's gradient is made for all blocks at once, and goes over devices once.
 
   What it is made of is kept up to the last block, which LoRA is spared: its gradients are small.
   """
   if config.lora_rank:
     return [layer] * T
-  (B, F, _), fam_only = fam.shape, ("query", "key", "value")
-  rows = lambda path: (B, F if path[-1] in fam_only else N + F)
-  taps, in_turn = in_turns(layer, T, rows, fam.dtype)
-  taps = {path: list(zip(*map(jnp.unstack, tap))) for path, tap in taps.items()}
+  B, F, _ = fam.shape
+  rest = T - updates  # blocks whose FAM is read, and not written with its tokens
+
+  def rows(path):  # of each block
+    if path[-1] in ("key", "value"):
+      return [F] * T
+    return [F] * updates + [0] * rest if path[-1] == "query" else [N + F] * updates + [N] * rest
+
+  taps, in_turn = in_turns(layer, 1, lambda path: (B, sum(rows(path))), fam.dtype)
+  cut = lambda path, tap: zip(*(jax.lax.split(x[0], rows(path), axis=1) for x in tap))
+  taps = {path: list(cut(path, tap)) for path, tap in taps.items()}
   return [in_turn({path: tap[t] for path, tap in taps.items()}) for t in range(T)]
+
+
+def _cut(tree, begin, end):
+  """Blocks `begin` to `end` of arrays `[B, T, ...]`."""
+  return jax.tree.map(lambda x: x[:, begin:end], tree)
+
+
+def _at(tree, t):
+  """Block `t` of arrays `[B, T, ...]`."""
+  return jax.tree.map(lambda x: x[:, t], tree)

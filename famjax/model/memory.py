@@ -134,9 +134,7 @@ def feedback(
   def step(fam, block):
     t, keys, values, write, read, full, taps = block
     new, *seen = update(in_turn(taps), fam, keys, values, write, read, first & (t == 0))
-    if full is not None:
-      new = jnp.where(full[:, None, None], new, fam)
-    return new, seen
+    return where_full(full, new, fam), seen
 
   # The axis of the blocks stays, with one of them: what the backward pass keeps of a block's keys
   # is then a slice of those that there are. Without it they would be copied.
@@ -145,6 +143,11 @@ def feedback(
   blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full)), taps
   fam, read_back = jax.lax.scan(step, fam, blocks, unroll=unroll)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
+
+
+def where_full(full: jax.Array | None, new: jax.Array, fam: jax.Array) -> jax.Array:
+  """The FAM `[B, F, D]` after a block: the new one in rows where it is full, bool `[B]`; None: in all."""
+  return new if full is None else jnp.where(full[:, None, None], new, fam)
 
 
 def kept(fam: jax.Array) -> jax.Array:

@@ -12,8 +12,9 @@ A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
 
 Training is three times the forward pass: the backward pass makes a gradient for each of the two
 factors of every product. For products with matrices that are not trained (LoRA) it is twice, and
-attention, the FAM's too, remains three times; LoRA's own products are left out. A teacher adds its
-forward pass. What rematerialisation computes again is not counted, so that a policy
+attention, the FAM's too, remains three times; LoRA's own products are left out. The FAM that a row's
+last block writes is read by no token of the step: it counts where rows go on from step to step, once.
+A teacher adds its forward pass. What rematerialisation computes again is not counted, so that a policy
 that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
 left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).
 
@@ -91,24 +92,49 @@ def flops_per_token(
     frozen: the matrices are not trained: no gradient is made for them, only for their inputs.
     teacher: of a model that is run forward beside it.
   """
+  one = _forward(config, length, followed)
+  passes = 2.0 if frozen else 3.0
+  last = min(1.0, config.memory.block_size / length)  # of the blocks, those at a row's end
+  written = (1 - last) * (passes * one.through + 3 * one.writing)
+  written += last * followed * (one.through + one.writing)
+  own = FlopsPerToken(passes * one.matrices, 3 * one.attention, written + 3 * one.reading)
+  if teacher is None:
+    return own
+  other = _forward(teacher, length, False)
+  return FlopsPerToken(own.matrices + other.matrices, own.attention + other.attention, own.fam)
+
+
+def reading_flops_per_token(config: ModelConfig, length: int, followed: bool = False) -> float:
+  """FLOPs per token of a forward pass whose state goes on: prefill and decoding."""
+  return sum(_forward(config, length, followed))
+
+
+class _Forward(NamedTuple):
+  """The formula's terms, per token; the FAM's are `through` matrices, `writing` it and `reading` it."""
+
+  matrices: float
+  attention: float
+  through: float
+  writing: float
+  reading: float
+
+
+def _forward(config: ModelConfig, length: int, followed: bool) -> _Forward:
   L, D, V, ff = config.num_layers, config.model_dim, config.vocab_size, config.hidden_width
   H, K, d = config.num_heads, config.kv_heads, config.head_width
   N, F = config.memory.block_size, config.memory.length
   layer = D * H * d + 2 * D * K * d + H * d * D + 3 * D * ff
-  attend = 4 * H * d  # for each query and key: one product for the logit, one for the result
+  attend = 4.0 * H * d  # for each query and key: one product for the logit, one for the result
   keys = np.mean([
       visible_keys(config.of_kind(kind).memory, length, followed)
       for kind in config.layer_kinds or config.kinds()
   ])  # averaged over layers
-  matrices = 2 * (L * layer + D * V)
-  passes = 2.0 if frozen else 3.0
-  fam = L / N * (passes * 2 * F * layer + 3.0 * attend * F * (2 * N + F))
-  own = FlopsPerToken(passes * matrices, 3.0 * L * attend * float(keys), fam)
-  if teacher is None:
-    return own
-  forward = flops_per_token(teacher, length)
-  return FlopsPerToken(
-      own.matrices + forward.matrices / 3, own.attention + forward.attention / 3, own.fam
+  return _Forward(
+      matrices=2.0 * (L * layer + D * V),
+      attention=L * attend * float(keys),
+      through=L / N * 2 * F * layer,
+      writing=L / N * attend * F * (N + F),
+      reading=L / N * attend * F * N,
   )
 
 

@@ -62,14 +62,15 @@ def make_train_step(
     memory, start, batch = rows
     model = nnx.merge(graphdef, join(params, frozen)).gathered()
     hidden, after = model.hidden(
-        batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"], aligned=True
-    )
+        batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"],
+        aligned=True, detached=True,
+    )  # fmt: skip
     wanted = batch["targets"], batch["weights"], loss_chunk
     if teacher_graph is None:
       sums = next_token_loss(model.logits, hidden, *wanted)
     else:
       original = nnx.merge(teacher_graph, frozen).gathered()
-      taught, _ = original.hidden(batch["tokens"], lengths=batch["lengths"])
+      taught, _ = original.hidden(batch["tokens"], lengths=batch["lengths"], detached=True)
       sums = distillation_loss(model.logits, hidden, original.logits, taught, *wanted)
     kept = (after.fam[:, 0], after.fam_updates[0])  # row 0's
     loss = sums.loss
@@ -206,8 +207,9 @@ def make_eval_step(
     if carry is None:
       carry, start = empty_state(model_config, start.shape[0], past=False), jnp.ones_like(start)
     hidden, after = model.hidden(
-        batch["tokens"], carry, start_of_sequence=start, lengths=batch["lengths"], aligned=True
-    )
+        batch["tokens"], carry, start_of_sequence=start, lengths=batch["lengths"],
+        aligned=True, detached=True,
+    )  # fmt: skip
     sums = next_token_loss(
         model.logits, hidden, batch["targets"], batch["weights"], loss_chunk
     )

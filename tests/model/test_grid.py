@@ -58,6 +58,40 @@ def test_orders_are_equal(segments, of_memory, options):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("order", ["with_tokens", "before_tokens"])
+@pytest.mark.parametrize("blocks, options", [
+    (1, {"remat": "full"}),
+    (3, {}),
+    (3, {"lora_rank": 2, "remat": "full", "feedback_unroll": 2}),
+], ids=str)  # fmt: skip
+def test_detached_changes_neither_numbers_nor_the_gradients_of_outputs(blocks, options, order):
+  """A row that goes on and one that starts, which ends within a block; a sum of the state counts for nothing."""
+  config = cases.fam(SIZE, 1, 2, 2, (2, 1), feedback_order=order, **options)
+  params = cases.random_params(config, 0)
+  rng = np.random.default_rng(blocks)
+  tokens = jnp.asarray(cases.draw_tokens(rng, ROWS, blocks * SIZE), jnp.int32)
+  lengths = jnp.array([blocks * SIZE, blocks * SIZE - 1])
+  real = (jnp.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+  weights = real * rng.standard_normal((*tokens.shape, cases.VOCAB)).astype(np.float32)
+
+  def found(params, detached):
+    decoder = cases.model(config, params)
+    _, state = decoder(tokens[:, :SIZE])
+    logits, state = decoder(
+        tokens, state, start_of_sequence=jnp.array([False, True]), lengths=lengths,
+        aligned=True, detached=detached,
+    )  # fmt: skip
+    return (weights * logits).sum() + detached * jnp.sin(state.fam).sum(), state
+
+  step = jax.jit(jax.grad(found, has_aux=True), static_argnums=1, compiler_options=cases.QUICK)
+  (grads, state), (of_detached, state_of_detached) = step(params, False), step(params, True)
+  # Products of other shapes, whose sums are in another order.
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_of_detached), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(a).max())))
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(of_detached), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(a).max()))
+
+
 def rows_of_products(jaxpr: core.Jaxpr, width: int):
   """Rows of what is multiplied by a matrix that `width` vectors come out of."""
   for eqn in jaxpr.eqns:

@@ -9,7 +9,8 @@ import pytest
 
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
-from famjax.training.flops import flops_per_token, products, utilisation, visible_keys
+from famjax.training.flops import flops_per_token, products, reading_flops_per_token
+from famjax.training.flops import utilisation, visible_keys
 from famjax.training.train_state import split
 
 
@@ -34,10 +35,18 @@ def test_visible_keys(segments, window, followed):
 
 def test_the_fam_costs_about_f_over_n():
   config = ModelConfig(vocab_size=256, num_layers=18, model_dim=1536, num_heads=12, ff_dim=12288)
-  flops = flops_per_token(config, 8192)
-  assert flops.fam / (flops.total - flops.fam) == pytest.approx(64 / 1024, rel=0.05)
   bswa = dataclasses.replace(config, memory=dataclasses.replace(config.memory, kind="bswa"))
+  flops, reading = flops_per_token(config, 8192), reading_flops_per_token(config, 8192)
   assert flops_per_token(bswa, 8192) == flops._replace(fam=0.0)
+  without = reading_flops_per_token(bswa, 8192)
+  assert reading / without == pytest.approx(1 + 64 / 1024, rel=0.005)
+  assert flops.total - flops.fam == 3 * without
+  # In training nobody reads the last of eight blocks' FAM; where rows go on it is made, and that is all.
+  assert flops.fam / (3 * without) == pytest.approx(7 / 8 * 64 / 1024, rel=0.05)
+  follow = flops_per_token(config, 8192, followed=True)
+  reading = reading_flops_per_token(config, 8192, followed=True)
+  written = (reading - reading_flops_per_token(bswa, 8192, followed=True)) / 8  # and read, in a block
+  assert follow.fam - flops.fam == pytest.approx(written, rel=0.05)
 
 
 def test_one_block_agrees_with_the_compiler():
@@ -69,7 +78,7 @@ def test_a_frozen_model_costs_two_passes_of_its_matrices_and_three_of_its_attent
   N, F, L = config.memory.block_size, config.memory.length, config.num_layers
   whole, frozen = (flops_per_token(config, 2048, frozen=frozen) for frozen in (False, True))
   assert frozen.attention == whole.attention and frozen.matrices == whole.matrices * 2 / 3
-  attention = 3 * L / N * 4 * config.num_heads * config.head_width * F * (2 * N + F)
+  attention = 3 * L / N * 4 * config.num_heads * config.head_width * F * (N + (N + F) / 2)
   assert frozen.fam - attention == pytest.approx((whole.fam - attention) * 2 / 3)
 
 
