@@ -34,6 +34,9 @@ class Placement(Protocol):
   ) -> jax.Array:
     """See the function of this name."""
 
+  def is_split(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+    """Whether axes of a weight, of this shape, are in parts on several devices."""
+
   @property
   def platform(self) -> str:
     """Of its devices."""
@@ -84,6 +87,12 @@ def on_parts(
   """
   placement = _placement.get()
   return function(*arrays) if placement is None else placement.on_parts(function, arrays, axes)
+
+
+def is_split(axes: Axes, shape: tuple[int, ...]) -> bool:
+  """Whether a product's outputs of these axes lie on several devices."""
+  placement = _placement.get()
+  return placement is not None and placement.is_split(axes, shape)
 
 
 def platform() -> str:

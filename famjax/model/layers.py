@@ -1,6 +1,6 @@
 """The weights of one decoder layer, and the path that tokens and FAM vectors both take through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 
 from flax import nnx
@@ -87,9 +87,10 @@ class Projection(nnx.Module):
       b = jnp.zeros((lora_rank, *shape[inputs:]), jnp.float32)
       self.lora_b = nnx.Param(b, axes=("lora", *axes[inputs:]))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, low: jax.Array | None = None) -> jax.Array:
+    """`low` is `x` times `lora_a`, where it has been made already (`together`)."""
     rows = x.shape[: x.ndim - len(self._inputs_shape)]
-    y = self._product(x, joined=of_devices.platform() == "tpu" and math.prod(rows) >= _MANY)
+    y = self._product(x, low, joined=of_devices.platform() == "tpu" and math.prod(rows) >= _MANY)
     return y if self.tap is None else deferred.listen(y, x, self.tap)
 
   @property
@@ -103,18 +104,43 @@ class Projection(nnx.Module):
     x = jax.ShapeDtypeStruct((*rows, *self._inputs_shape), dtype)
     return deferred.make_taps(lambda w, x: nnx.merge(graphdef, w)._product(x), weights, turns, x)  # pylint: disable=protected-access
 
-  def _product(self, x, joined=False):
+  def _product(self, x, low=None, joined=False):
     rows = x.shape[: x.ndim - len(self._inputs_shape)]
     if len(rows) > 1 and of_devices.platform() == "cpu":  # XLA makes faster products there of one axis
-      y = self._product(x.reshape(-1, *self._inputs_shape))
+      low = None if low is None else low.reshape(-1, low.shape[-1])
+      y = self._product(x.reshape(-1, *self._inputs_shape), low)
       return y.reshape(*rows, *y.shape[1:])
-    kernel = self.kernel[...].astype(x.dtype)
-    if hasattr(self, "lora_a"):
-      a, b = (w.astype(x.dtype) for w in (self.lora_a[...], self.lora_b[...] * self.lora_scale))
-      y = (lora.joined_product if joined else lora.product)(self.equation, x, kernel, a, b)
+    kernel, equation = self.kernel[...].astype(x.dtype), self.equation
+    if not hasattr(self, "lora_a"):
+      y = jnp.einsum(equation, x, kernel)
+    elif joined and lora.narrows(equation):
+      y = lora.joined_narrowing(equation, x, kernel, *self._factors(x.dtype))
     else:
-      y = jnp.einsum(self.equation, x, kernel)
+      a, b = self._factors(x.dtype)
+      low = lora.lows(equation, x, [a])[0] if low is None else low
+      if joined:
+        split = of_devices.is_split(self.kernel.get_metadata("axes")[1:], kernel.shape[1:])
+        y = lora.joined_widening(equation, split, x, low, kernel, b)
+      else:
+        y = lora.product(equation, x, low, kernel, b)
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+  def _factors(self, dtype):
+    return self.lora_a[...].astype(dtype), (self.lora_b[...] * self.lora_scale).astype(dtype)
+
+
+def together(many: Sequence[Projection], x: jax.Array) -> list[jax.Array]:
+  """The products of matrices that read the same vectors `[..., D]`; LoRA's first ones are one product.
+
+  It stands before all others: in the backward pass what they give back is added up first, so that where
+  devices share a layer, they send the sum alone.
+  """
+  adapted = [one for one in many if hasattr(one, "lora_a")]
+  low = {}
+  if adapted:
+    factors = [one.lora_a[...].astype(x.dtype) for one in adapted]
+    low = dict(zip(map(id, adapted), lora.lows(adapted[0].equation, x, factors)))
+  return [one(x, low.get(id(one))) for one in many]
 
 
 def projections(module: nnx.Module) -> dict[tuple, Projection]:
@@ -189,19 +215,16 @@ class Attention(nnx.Module):
       self.query_norm = Norm(config, (H, d), ("heads", "head"))
       self.key_norm = Norm(config, (K, d), ("kv_heads", "head"))
 
-  def queries(self, h: jax.Array) -> jax.Array:
-    """`[..., n, D]` to `[..., H, n, d]`, not yet rotated: a head's vectors stand side by side."""
-    queries = self.query(h)
-    return _heads_first(self.query_norm(queries) if hasattr(self, "query_norm") else queries)
+  def __call__(self, h: jax.Array, *names: str) -> list[jax.Array]:
+    """Of `[..., n, D]` what is named, not yet rotated: a head's vectors stand side by side.
 
-  def keys(self, h: jax.Array) -> jax.Array:
-    """`[..., n, D]` to `[..., K, n, d]`, not yet rotated."""
-    keys = self.key(h)
-    return _heads_first(self.key_norm(keys) if hasattr(self, "key_norm") else keys)
-
-  def values(self, h: jax.Array) -> jax.Array:
-    """`[..., n, D]` to `[..., K, n, d]`."""
-    return _heads_first(self.value(h))
+    Args:
+      h: normed vectors.
+      names: "query", which is `[..., H, n, d]`, "key", "value", `[..., K, n, d]`.
+    """
+    made = zip(names, together([getattr(self, name) for name in names], h))
+    normed = lambda name, x: getattr(self, name)(x) if hasattr(self, name) else x
+    return [_heads_first(normed(f"{name}_norm", x)) for name, x in made]
 
 
 class FeedForward(nnx.Module):
@@ -216,7 +239,8 @@ class FeedForward(nnx.Module):
     self.down = make("down", "...f,fD->...D", (ff, D), ("mlp", "embed"), ff)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(self.activation(self.gate(x)) * self.up(x))
+    gate, up = together([self.gate, self.up], x)
+    return self.down(self.activation(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -255,15 +279,13 @@ class Layer(nnx.Module):
       side, as attention reads them.
     """
     h = self._normed("attention_norm", x)
-    queries = rope.rotate(self.attention.queries(h), query_turn) * self.scale
-    return queries, *self._keys_values(h, key_turn)
+    queries, keys, values = self.attention(h, "query", "key", "value")
+    return rope.rotate(queries, query_turn) * self.scale, rope.rotate(keys, key_turn), values
 
   def keys_values(self, x: jax.Array, turn) -> tuple[jax.Array, jax.Array]:
     """The keys and values alone of `project`."""
-    return self._keys_values(self._normed("attention_norm", x), turn)
-
-  def _keys_values(self, h, turn):
-    return rope.rotate(self.attention.keys(h), turn), self.attention.values(h)
+    keys, values = self.attention(self._normed("attention_norm", x), "key", "value")
+    return rope.rotate(keys, turn), values
 
   def close(self, attended: jax.Array, residual: jax.Array) -> jax.Array:
     """`a = attended @ Wo + residual`, then `a + ff(norm(a))`.

@@ -147,6 +147,10 @@ class Placement:
     )
     return split(*arrays)
 
+  def is_split(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+    """See `famjax.model.axes`."""
+    return any(self.spec(axes, shape, "a weight"))
+
   @property
   def platform(self) -> str:
     """See `famjax.model.axes`."""

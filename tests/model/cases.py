@@ -33,6 +33,9 @@ class On:
   def __init__(self, platform):
     self.platform = platform
 
+  def is_split(self, axes, shape):
+    return False
+
 
 def _config(kind, block_size, memory_segments, fam_length, layers, heads, dim=8, **options):
   names = ("fam_init", "fam_position", "stop_gradient", "window")

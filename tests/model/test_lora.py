@@ -12,6 +12,7 @@ from famjax.errors import UserError
 from famjax.model import lora
 from famjax.model.config import PROJECTIONS
 from famjax.model.decoder import Decoder
+from famjax.model.layers import Projection, together
 from tests.model import cases
 
 FAM = cases.FAM[1]  # grouped queries, LayerNorm, a head of its own
@@ -102,6 +103,7 @@ def test_a_pattern_that_is_in_no_name():
     with_lora(FAM, lora_targets=("attention", "q_proj")).validate()
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(
     "equation, inputs, outputs",
     [
@@ -110,11 +112,38 @@ def test_a_pattern_that_is_in_no_name():
         ("...f,fD->...D", (64,), (16,)),
     ],
 )  # fmt: skip
-def test_a_joined_product_and_its_gradients_are_those_of_two_products(equation, inputs, outputs):
+def test_a_joined_product_and_its_gradients_are_those_of_two_products(equation, inputs, outputs, split):
   draw = np.random.default_rng(0)
   shapes = (2, 5, *inputs), (*inputs, *outputs), (*inputs, 3), (3, *outputs), (2, 5, *outputs)
   *given, of_y = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
-  joined, back = jax.vjp(lambda *given: lora.joined_product(equation, *given), *given)
-  plain, plain_back = jax.vjp(lambda *given: lora.product(equation, *given), *given)
+
+  def two(x, kernel, a, b):
+    return lora.product(equation, x, lora.lows(equation, x, [a])[0], kernel, b)
+
+  def one(x, kernel, a, b):
+    if lora.narrows(equation):
+      return lora.joined_narrowing(equation, x, kernel, a, b)
+    return lora.joined_widening(equation, split, x, lora.lows(equation, x, [a])[0], kernel, b)
+
+  (joined, back), (plain, plain_back) = (jax.vjp(function, *given) for function in (one, two))
   for one, other in zip((joined, *back(of_y)), (plain, *plain_back(of_y)), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)  # sums in another order
+
+
+def test_matrices_that_read_the_same_vectors_share_lora_s_first_product():
+  """One of six columns for three of rank 2; one matrix of three has none."""
+  draw = np.random.default_rng(0)
+  x = jnp.asarray(draw.standard_normal((3, 5, 16)), jnp.float32)
+  make = lambda rank: Projection(
+      "...D,Df->...f", (16, 8), ("embed", "mlp"), fan_in=16, param_dtype="float32",
+      rngs=nnx.Rngs(rank), lora_rank=rank, lora_scale=0.5,
+  )  # fmt: skip
+  many = [make(2), make(0), make(4)]
+  for one in many:
+    if hasattr(one, "lora_b"):
+      one.lora_b[...] = jnp.asarray(draw.standard_normal(one.lora_b.shape), jnp.float32)
+  program = jax.make_jaxpr(lambda x: together(many, x))(x)
+  columns = [eqn.outvars[0].aval.shape[-1] for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+  assert columns == [6, 8, 8, 8, 8, 8]  # first factors; a kernel and, where it is, a second factor
+  for y, one in zip(together(many, x), many, strict=True):
+    np.testing.assert_allclose(y, one(x), rtol=1e-5, atol=1e-5)  # sums in another order
