@@ -33,7 +33,7 @@ from famjax.evaluation import report
 from famjax.inference import engine, sampling
 from famjax.model import axes
 from famjax.model.decoder import Decoder
-from famjax.model.state import empty_state, num_bytes
+from famjax.model.state import empty_state, num_bytes, unstack
 from famjax.parallel import hlo
 from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
@@ -94,7 +94,8 @@ def cost(model, memory: str, apart: bool, device) -> dict[str, int]:
       one = lambda l: nnx.merge(graphdef, jax.tree.map(lambda x: x[l], weights))
       decoder.layers = nnx.List(map(one, range(config.num_layers)))
     logits, tail = jnp.zeros((1, V)), jnp.zeros((1, engine.TAIL), jnp.int32)
-    return decoder, engine.Reading(logits, empty_state(config, 1), tail)
+    state = empty_state(config, 1)
+    return decoder, engine.Reading(logits, unstack(state) if apart else state, tail)
 
   V = config.vocab_size
   decoder, reading = nnx.eval_shape(given)

@@ -187,7 +187,7 @@ def _decode(config, optimizer, case):
   start = one.start(B)
   position = jnp.full(B, case.length, jnp.int32)
   updates = jnp.full_like(start.state.fam_updates, case.length // N)
-  start = start.replace(state=start.state.replace(position=position, fam_updates=updates))
+  start = one.apart(start.replace(state=start.state.replace(position=position, fam_updates=updates)))
   samplers = sampling.stack([sampling.Sampling()] * B)
   stop, limit = jnp.zeros((B, V), bool), jnp.full(B, engine.STEPS, jnp.int32)
   graphdef, params = one._writer  # pylint: disable=protected-access

@@ -20,7 +20,7 @@ import numpy as np
 from famjax.inference import sampling
 from famjax.model import strategy
 from famjax.model.decoder import Decoder
-from famjax.model.state import State, settle, stack, take, unstack, with_recent
+from famjax.model.state import State, is_unstacked, settle, stack, take, unstack, with_recent
 from famjax.training.loss import log_probs_and_best
 
 Progress = Callable[[int], bool | None]  # is told of every piece that was read; True ends reading
@@ -129,11 +129,12 @@ class Engine:
   def __init__(self, decoder: Decoder):
     self.config = decoder.config
     self.graphdef, self.params = nnx.split(decoder)
+    self._writes_apart = jax.default_backend() != "tpu" and strategy.of(self.config.memory) is None
 
   @functools.cached_property
   def _writer(self):
     """Graph and parameters that `write` uses."""
-    if jax.default_backend() == "tpu" or strategy.of(self.config.memory) is not None:
+    if not self._writes_apart:
       return self.graphdef, self.params
     return nnx.split(nnx.merge(self.graphdef, self.params).unstacked())
 
@@ -229,11 +230,24 @@ class Engine:
 
     Returns:
       What was written, where the rows stand then, and what they have seen. The device may still be
-      at work on all of it.
+      at work on all of it. For the next call alone layers may stand apart; `whole` joins them.
     """
     limit = np.asarray(limit, np.int32)
+    after = self.apart(after)
     *new, reading, seen = _write(*self._writer, after, seen, samplers, limit, stop)
     return Written(*new), reading, seen
+
+  def apart(self, reading: Reading) -> Reading:
+    """With each layer's memory by itself, where `write` has its layers so.
+
+    Taken out of arrays of all layers and put back in every call, the whole ring would be copied twice.
+    """
+    stays = is_unstacked(reading.state) or not self._writes_apart
+    return reading if stays else _apart(reading)
+
+  def whole(self, reading: Reading) -> Reading:
+    """Undoes `apart`: as all other functions take it."""
+    return _whole(reading) if is_unstacked(reading.state) else reading
 
   def _cut(self, rows, after):
     """Pieces of what rows have to read, with their tokens `[B, size]`."""
@@ -291,8 +305,7 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
   model = nnx.merge(graphdef, params)
   B = limit.shape[0]
   rows = jnp.arange(B)
-  state = unstack(reading.state) if model.is_unstacked else reading.state
-  reading = reading.replace(state=with_recent(state, STEPS))
+  reading = reading.replace(state=with_recent(reading.state, STEPS))
 
   def active(count, stopped):
     return ~stopped & (count < limit)
@@ -333,9 +346,17 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
   _, (_, tokens, count, stopped, reading, seen) = jax.lax.while_loop(
       lambda outer: outer[0], block, (more(begin), begin)
   )
-  state = settle(reading.state)
-  reading = reading.replace(state=stack(state) if model.is_unstacked else state)
-  return tokens, count, stopped, reading, seen
+  return tokens, count, stopped, reading.replace(state=settle(reading.state)), seen
+
+
+@jax.jit
+def _apart(reading):
+  return reading.replace(state=unstack(reading.state))
+
+
+@jax.jit
+def _whole(reading):
+  return reading.replace(state=stack(reading.state))
 
 
 @jax.jit

@@ -109,6 +109,7 @@ class Generation:
     A row that a stop string ended has read the tokens that made it whole.
     """
     self._shared = True
+    self._reading = self._engine.whole(self._reading)
     return self._reading
 
   @property

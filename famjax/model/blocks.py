@@ -33,6 +33,7 @@ class Layout:
     slot: int32 `[B]`, place of the row's next token in that block.
     count: int32 `[B]`, real tokens of this call.
     recent: int32 `[B]`, tokens before these that are not yet in the ring.
+    head: vectors of a FAM that stand before them, see `Recent`.
     valid: bool `[B, T, n]`, grid slots that hold a token of this call; None: all.
     full: bool `[B, T]`, blocks whose last token is in this call; None: all.
     num_blocks: T.
@@ -49,6 +50,7 @@ class Layout:
   full: jax.Array | None
   num_blocks: int = struct.field(pytree_node=False)
   num_slots: int = struct.field(pytree_node=False)
+  head: int = struct.field(pytree_node=False)
   within: bool = struct.field(pytree_node=False)
   aligned: bool = struct.field(pytree_node=False)
 
@@ -97,7 +99,7 @@ def make_layout(
   return Layout(
       block=position // N, slot=slot, count=count, valid=valid, full=full,
       recent=jnp.zeros_like(position) if state.recent is None else state.recent.count,
-      num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
+      head=0 if state.recent is None else state.recent.head, num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
   )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from famjax.model import axes, blocks, grid, memory, recurrent, rope, strategy, 
 from famjax.model.config import ModelConfig
 from famjax.model.layers import Layer, Norm, Projection
 from famjax.model.products import float32_product
-from famjax.model.state import LayerMemory, Recent, State, empty_state
-from famjax.model.state import layer_memories, settle, unstack
+from famjax.model.state import LayerMemory, State, empty_state
+from famjax.model.state import is_unstacked, layer_memories, settle, unstack
 
 
 def remat(function, policy: str):
@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
       start_of_sequence, aligned = jnp.ones(B, bool), True
     if strategy.of(config.memory) is not None:
       return recurrent.hidden(self, tokens, state, start_of_sequence, lengths, aligned, remat)
-    if self.is_unstacked and not isinstance(state.fam, tuple):
+    if self.is_unstacked and not is_unstacked(state):
       state = unstack(state)
     starting = start_of_sequence is not None
     if starting:
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
     config = self.config
     if state.recent is None or not config.memory.length:
       return state
-    if self.is_unstacked and not isinstance(state.fam, tuple):
+    if self.is_unstacked and not is_unstacked(state):
       state = unstack(state)
     block = state.position // config.memory.block_size - 1  # [B], the full one
     kinds = [config.of_kind(kind) for kind in config.kinds()]
@@ -258,20 +258,18 @@ class Decoder(nnx.Module):
       del prefix
       return carry, within.write_fam(layer, mine, state, write[kind], read[kind])
 
-    def written():
-      new = self._over_layers(layer_fam, (), None, before)[1]
-      return new._replace(keys=None, values=None)
-
-    before, due = layer_memories(state), state.recent.due
+    before, recent, due = layer_memories(state), state.recent, state.recent.due
+    same = before._replace(keys=None, values=None)
+    if not recent.head:
+      same = same._replace(recent_keys=None, recent_values=None)
     after = jax.lax.cond(
-        jnp.any(due), written, lambda: before._replace(keys=None, values=None)
+        jnp.any(due), lambda: self._over_layers(layer_fam, (), None, before)[1], lambda: same
     )
+    if recent.head:
+      recent = recent.replace(keys=after.recent_keys, values=after.recent_values)
     return state.replace(
         fam=after.fam, fam_keys=after.fam_keys, fam_values=after.fam_values,
-        fam_updates=state.fam_updates + due,
-        recent=Recent(
-            after.recent_keys, after.recent_values, state.recent.count, jnp.zeros_like(due)
-        ),
+        fam_updates=state.fam_updates + due, recent=recent.replace(due=jnp.zeros_like(due)),
     )  # fmt: skip
 
   def _over_layers(self, body, carry, prefix, remembered):
@@ -302,7 +300,7 @@ class Decoder(nnx.Module):
       mine = LayerMemory(*(None if field is None else field[l] for field in remembered))
       carry, new = body(kind_of[l], carry, layer, None if prefix is None else prefix[l], mine)
       after.append(new)
-    return carry, LayerMemory(*zip(*after))
+    return carry, LayerMemory(*(None if field[0] is None else field for field in zip(*after)))
 
   @property
   def is_unstacked(self) -> bool:

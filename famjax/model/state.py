@@ -7,27 +7,29 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from famjax.model import axes
 from famjax.model.config import BUILT_IN, ModelConfig
 
 
 @struct.dataclass
 class Recent:
-  """What a decoding loop sees beside the ring, which it leaves as it is: the FAM and the last tokens.
-
-  `settle` puts the tokens into the ring.
+  """The last tokens of a decoding loop, beside the ring, which it leaves as it is. `settle` puts them into it.
 
   Attributes:
-    keys: `[L, B, K, F + s, d]`, rotated: the FAM's, then the tokens'.
+    keys: `[L, B, K, head + s, d]`, rotated: the FAM's, if they stand here, then the tokens'.
     values: as `keys`.
     count: int32 `[B]`, how many of the s places are in use.
     due: bool `[B]`, the row's last token filled its block: `Decoder.write_fam` comes before the next, and
       before `settle`.
+    head: F or 0. Before the tokens a FAM needs no kernel of its own, which a GPU pays for; it is copied with them
+      in each token, which others pay for.
   """
 
   keys: jax.Array
   values: jax.Array
   count: jax.Array
   due: jax.Array
+  head: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -207,10 +209,11 @@ def with_recent(state: State, size: int) -> State:
   """
   if state.keys is None:
     return state
-  more = lambda fam: jnp.pad(fam, [(0, 0)] * (fam.ndim - 2) + [(0, size), (0, 0)])
+  head = jax.tree.leaves(state.fam_keys)[0].shape[-2] if axes.platform() == "gpu" else 0
+  more = lambda fam: jnp.pad(fam[..., :head, :], [(0, 0)] * (fam.ndim - 2) + [(0, size), (0, 0)])
   keys, values = jax.tree.map(more, (state.fam_keys, state.fam_values))
   count, due = jnp.zeros_like(state.position), jnp.zeros_like(state.position, bool)
-  return state.replace(recent=Recent(keys, values, count, due))
+  return state.replace(recent=Recent(keys, values, count, due, head))
 
 
 def settle(state: State) -> State:
@@ -221,13 +224,12 @@ def settle(state: State) -> State:
   if state.recent is None:
     return state
   count = state.recent.count
-  begin = state.position - count
-  F = jax.tree.leaves(state.fam_keys)[0].shape[-2]
+  begin, head = state.position - count, state.recent.head
 
   def put(ring, new):
-    """`ring` `[B, K, M+1, N, d]` with the tokens of `new` `[B, K, F + s, d]`."""
+    """`ring` `[B, K, M+1, N, d]` with the tokens of `new` `[B, K, head + s, d]`."""
     R, N = ring.shape[2:4]
-    new = new[:, :, F:]
+    new = new[:, :, head:]
     place = jnp.arange(new.shape[2])
     position = begin[:, None] + place  # [B, s]
     kept = (place < count[:, None]) & (position >= (state.position - R * N)[:, None])
@@ -255,6 +257,11 @@ _STACKED = ("keys", "values", "fam", "fam_keys", "fam_values")
 def unstack(state: State) -> State:
   """The state with a tuple of L arrays for each array `[L, ...]`, as `Decoder.unstacked` takes it."""
   return _each_stacked(lambda x: None if x is None else tuple(x), state)
+
+
+def is_unstacked(state: State) -> bool:
+  """Whether it has a tuple of arrays, one of each layer."""
+  return isinstance(state.fam, tuple)
 
 
 def stack(state: State) -> State:

@@ -43,26 +43,24 @@ def apply_layer(
     `[B, K, n, d]` of its tokens, for `append`. Ring and FAM are as they were.
   """
   queries, keys, values = layer.project(x, turn, turn)
-  F, new = config.memory.length, (keys[:, 0], values[:, 0])
-  recent = (
-      _append(new[0], mine.fam_keys, mine.recent_keys, layout),
-      _append(new[1], mine.fam_values, mine.recent_values, layout),
-  )
   seen = lambda ring: _as_block(_cut(ring, layout) if config.memory.stop_gradient else ring)
-  in_ring, in_recent = _masks(layout, recent[0].shape[2] - F, config.memory)
-  in_recent = jnp.pad(in_recent, [(0, 0)] * 5 + [(F, 0)], constant_values=True)  # all see the FAM
-  key_sets = [
-      KeySet(seen(mine.keys), seen(mine.values), in_ring),
-      KeySet(recent[0][:, None], recent[1][:, None], in_recent),
-  ]
-  added = LayerMemory(recent_keys=new[0], recent_values=new[1])
+  num_recent = 0 if mine.recent_keys is None else mine.recent_keys.shape[2] - layout.head
+  in_ring, in_recent, in_own = _masks(layout, num_recent, config.memory)
+  in_recent = jnp.pad(in_recent, [(0, 0)] * 5 + [(layout.head, 0)], constant_values=True)  # the FAM
+  key_sets = [KeySet(seen(mine.keys), seen(mine.values), in_ring), KeySet(keys, values, in_own)]
+  if num_recent:
+    key_sets.append(KeySet(mine.recent_keys[:, None], mine.recent_values[:, None], in_recent))
+  if not layout.head:
+    key_sets.append(KeySet(mine.fam_keys[:, None], mine.fam_values[:, None]))
+  added = LayerMemory(recent_keys=keys[:, 0], recent_values=values[:, 0])
   return layer.close(attend(queries, key_sets, layer.cap), x), added
 
 
 def append(state: State, added: LayerMemory, layout: Layout) -> State:
   """The state with a call's tokens behind its recent ones, in all layers.
 
-  A scan over layers that gave out all recent tokens, or a FAM that is as it was, would copy them.
+  Once attention has read those: a layer that wrote first what it reads then, or a scan over layers that
+  gave out all of them, would copy them.
 
   Args:
     state: before the call, but for what it has started anew.
@@ -71,12 +69,13 @@ def append(state: State, added: LayerMemory, layout: Layout) -> State:
   """
   put = functools.partial(_append, layout=layout)
   before = layer_memories(state)
-  keys = each_layer(put, added.recent_keys, before.fam_keys, before.recent_keys)
-  values = each_layer(put, added.recent_values, before.fam_values, before.recent_values)
+  keys = each_layer(put, added.recent_keys, before.recent_keys)
+  values = each_layer(put, added.recent_values, before.recent_values)
   due = layout.full[:, 0] & bool(jax.tree.leaves(state.fam_keys)[0].shape[-2])
   if state.recent is not None:
     due |= state.recent.due & (layout.count == 0)
-  return state.replace(recent=Recent(keys, values, layout.recent + layout.count, due))
+  count = layout.recent + layout.count
+  return state.replace(recent=Recent(keys, values, count, due, layout.head))
 
 
 def write_fam(
@@ -94,8 +93,8 @@ def write_fam(
   Returns:
     The FAM with its keys and values, as they were in the other rows; the ring is left out.
   """
-  due, F = state.recent.due, mine.fam.shape[1]
-  own = lambda ring, recent: _own_block(ring, recent[:, :, F:], state)
+  due, head = state.recent.due, state.recent.head
+  own = lambda ring, recent: _own_block(ring, recent[:, :, head:], state)
   fam, _, _ = memory.update(
       layer, mine.fam, own(mine.keys, mine.recent_keys), own(mine.values, mine.recent_values),
       write, read, state.fam_updates == 0,
@@ -104,16 +103,19 @@ def write_fam(
   old = mine.fam, mine.fam_keys, mine.fam_values
   keep = lambda new, old: jnp.where(due.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
   fam, *new = map(keep, new, old)
-  beside = [x.at[:, :, :F].set(y) for x, y in zip((mine.recent_keys, mine.recent_values), new)]
+  beside = None, None
+  if head:
+    recent = mine.recent_keys, mine.recent_values
+    beside = [x.at[:, :, :head].set(y) for x, y in zip(recent, new)]
   return LayerMemory(None, None, fam, *new, *beside)
 
 
-def _append(new, fam, recent, layout):
-  """`[B, K, F + s, d]`: the call's tokens `[B, K, n, d]` behind the FAM's and the recent ones."""
+def _append(new, recent, layout):
+  """`[B, K, head + s, d]`: the call's tokens `[B, K, n, d]` behind the recent ones."""
   if recent is None:
-    return jnp.concatenate([fam, new], axis=2)
+    return new
   row = jnp.arange(new.shape[0])[:, None]
-  place = (fam.shape[2] + layout.recent)[:, None] + jnp.arange(layout.num_slots)  # [B, n]
+  place = (layout.head + layout.recent)[:, None] + jnp.arange(layout.num_slots)  # [B, n]
   return recent.at[row, :, place].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
 
@@ -139,11 +141,11 @@ def _cut(ring, layout):
   return jnp.where(filling[:, None, :, None, None], ring, jax.lax.stop_gradient(ring))
 
 
-def _masks(layout: Layout, num_recent: int, config: MemoryConfig) -> tuple[jax.Array, jax.Array]:
-  """Which ring slots and which recent tokens the call's tokens see.
+def _masks(layout: Layout, num_recent: int, config: MemoryConfig) -> tuple[jax.Array, ...]:
+  """Which ring slots, which recent tokens and which of the call's own its tokens see.
 
   Returns:
-    bool `[B, 1, 1, 1, n or 1, (M+1) * N]` and `[B, 1, 1, 1, n, s]`.
+    bool `[B, 1, 1, 1, n or 1, (M+1) * N]`, `[B, 1, 1, 1, n or 1, s]` and `[B, 1, 1, 1, n, n]`.
   """
   R, N = config.memory_segments + 1, config.block_size
   query = layout.positions(N)[:, 0, :, None]  # [B, n, 1]
@@ -153,9 +155,12 @@ def _masks(layout: Layout, num_recent: int, config: MemoryConfig) -> tuple[jax.A
   block = newest - (newest - jnp.arange(R)) % R  # [B, R], of each place in the ring
   stored = (block[..., None] * N + jnp.arange(N)).reshape(-1, 1, R * N)
   recent = begin + jnp.arange(num_recent)  # [B, 1, s]
+  own = jnp.swapaxes(query, 1, 2)  # [B, 1, n]
   in_ring = (stored >= oldest) & (stored < begin)
-  in_recent = (recent >= oldest) & (recent <= query)
+  in_recent = (recent >= oldest) & (recent < query[:, :1])
+  in_own = own <= query
   if config.window is not None:
     in_ring &= query - stored < config.window
     in_recent &= query - recent < config.window
-  return in_ring[:, None, None, None], in_recent[:, None, None, None]
+    in_own &= query - own < config.window
+  return tuple(mask[:, None, None, None] for mask in (in_ring, in_recent, in_own))

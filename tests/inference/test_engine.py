@@ -13,6 +13,7 @@ import pytest
 from famjax.inference import engine, sampling
 from famjax.inference.engine import CHUNK_BLOCKS, STEPS, TAIL, Engine, Reading
 from famjax.model.decoder import Decoder
+from famjax.model.state import num_bytes
 from tests.inference import tiny
 
 N = tiny.CONFIG.memory.block_size
@@ -178,7 +179,7 @@ def write(kind, reading, count, how=GREEDY, stop=(), most=STEPS):
     written = np.array([len(row) for row in tokens])
     limit = np.where(stopped, 0, np.minimum(np.array(count) - written, most))
     if not limit.any():
-      return tokens, reading
+      return tokens, make(kind).whole(reading)
     new, reading, seen = make(kind).write(reading, seen, how, limit, ends)
     new = jax.device_get(new)
     for row in range(B):
@@ -226,10 +227,30 @@ def test_stacked_layers_write_what_unstacked_ones_write(monkeypatch):
   reading = mine.read(draw(3, 6, 9), mine.start(2))
   expected, after = write("fam", reading, [STEPS + 3, 9])
   monkeypatch.setitem(vars(mine), "_writer", (mine.graphdef, mine.params))
+  monkeypatch.setattr(mine, "_writes_apart", False)
   tokens, stacked = write("fam", reading, [STEPS + 3, 9])
   assert tokens == expected
   for row in range(2):
     assert_same_row(stacked, row, after, row)
+
+
+def test_a_round_writes_in_place_what_the_round_before_it_gave():
+  """Each layer's memory by itself: no ring goes into arrays of all layers and out of them between."""
+  config = tiny.config("fam")
+  config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, block_size=2048))
+  mine = Engine(Decoder(config, rngs=nnx.Rngs(0)))
+  reading = mine.read(draw(3, 6, 9), mine.start(2))
+  jax.tree.map(np.testing.assert_array_equal, mine.whole(mine.apart(reading)), reading)
+  assert mine.whole(reading) is reading
+  seen, none = np.zeros((2, 259), bool), np.zeros((2, 259), bool)
+  arguments = sampling.stack([GREEDY] * 2), np.array([3, 3]), none
+  given = mine.apart(reading)
+  _, after, seen = mine.write(given, seen, *arguments)
+  assert mine.apart(after) is after
+  assert all(ring.is_deleted() for ring in given.state.keys)  # it has been given away
+  program = engine._write.lower(*mine._writer, after, seen, *arguments).compile()
+  rings = num_bytes((after.state.keys, after.state.values))
+  assert program.memory_analysis().temp_size_in_bytes < rings  # a block's end takes half of that
 
 
 def test_a_stop_token_is_neither_written_nor_read():
@@ -252,6 +273,7 @@ def test_writing_in_bfloat16_remembers_what_reading_in_bfloat16_does(kind):
   seen, none = np.zeros((2, 259), bool), np.zeros((2, 259), bool)
   after = mine.read(prompts, mine.start(2))
   written, reading, _ = mine.write(after, seen, how, [3 * N, 3 * N], none)
+  reading = mine.whole(reading)
   assert written.count.tolist() == [3 * N, 3 * N] and reading.state.keys.dtype == jnp.bfloat16
   rows = [np.array([*p, *t]) for p, t in zip(prompts, np.asarray(written.tokens)[:, : 3 * N])]
   expected = mine.read(rows, mine.start(2))

@@ -37,16 +37,18 @@ def step(config, params, tokens, state, lengths, end):
 @settings(max_examples=15)
 @given(
     config=st.sampled_from([cases.FAM[2], cases.FAM[5], cases.BSWA[0]]),
-    seed=cases.seeds, data=st.data(),
+    seed=cases.seeds, platform=st.sampled_from(["cpu", "gpu"]), data=st.data(),
 )  # fmt: skip
-def test_tokens_beside_the_ring_count_like_tokens_in_it(config, seed, data):
-  """Over several block boundaries, in rows that stand elsewhere and wait at times."""
+def test_tokens_beside_the_ring_count_like_tokens_in_it(config, seed, platform, data):
+  """Over several block boundaries, in rows that stand elsewhere and wait at times; a FAM before them, and apart."""
   rng = np.random.default_rng(seed)
   params = cases.random_params(config, seed)
   plain = Stream(config, params)
   before = [data.draw(st.integers(0, cases.piece(config))) for _ in range(BATCH)]
   plain.feed(cases.draw_tokens(rng, BATCH, cases.piece(config)), lengths=before)
-  state = with_recent(plain.state, ROOM)
+  with axes.placed_by(cases.On(platform)):
+    state = with_recent(plain.state, ROOM)
+  assert state.recent.head == (config.memory.length if platform == "gpu" else 0)
   for i in range(ROOM):
     tokens = jnp.asarray(cases.draw_tokens(rng, BATCH, 1), jnp.int32)
     lengths = jnp.asarray(data.draw(st.lists(st.integers(0, 1), min_size=BATCH, max_size=BATCH)))
