@@ -222,7 +222,8 @@ class Engine:
     """Writes at most `STEPS` tokens in every row, and reads each of them.
 
     Args:
-      after: where the rows stand. It is given away, as `seen` is: copy what is needed again.
+      after: where the rows stand. It is given away, as `seen` is: copy what is needed again. If layers have
+        yet to be taken apart for it, a copy is.
       seen: bool `[B, V]`, tokens that the repetition penalty is for.
       samplers: how each row picks.
       limit: int `[B]`, tokens that each row may write now, at most.
@@ -238,7 +239,7 @@ class Engine:
     return Written(*new), reading, seen
 
   def apart(self, reading: Reading) -> Reading:
-    """With each layer's memory by itself, where `write` has its layers so.
+    """A copy with each layer's memory by itself, where `write` has its layers so; else what was given.
 
     Taken out of arrays of all layers and put back in every call, the whole ring would be copied twice.
     """
@@ -246,7 +247,7 @@ class Engine:
     return reading if stays else _apart(reading)
 
   def whole(self, reading: Reading) -> Reading:
-    """Undoes `apart`: as all other functions take it."""
+    """Undoes `apart`: a copy as all other functions take it; what was given, if it is one."""
     return _whole(reading) if is_unstacked(reading.state) else reading
 
   def _cut(self, rows, after):
@@ -352,6 +353,12 @@ def _write(graphdef, params, reading, seen, samplers, limit, stop):
 @jax.jit
 def _apart(reading):
   return reading.replace(state=unstack(reading.state))
+
+
+@jax.jit
+def copied(tree):
+  """A copy of all arrays, in one call: layers apart have many."""
+  return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

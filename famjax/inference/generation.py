@@ -11,7 +11,7 @@ import numpy as np
 from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 from famjax.inference import sampling
-from famjax.inference.engine import STEPS, Engine, Reading
+from famjax.inference.engine import STEPS, Engine, Reading, copied
 from famjax.inference.sampling import Sampling
 from famjax.inference.text import TextWriter
 from famjax.model.state import State
@@ -106,7 +106,8 @@ class Generation:
   def reading(self) -> Reading:
     """Where the rows stand: what they have read, and all that they have written.
 
-    A row that a stop string ended has read the tokens that made it whole.
+    A row that a stop string ended has read the tokens that made it whole. It is a copy: made at each look, and
+    again by the next round, so that it is no thing to look at after every piece.
     """
     self._shared = True
     self._reading = self._engine.whole(self._reading)
@@ -130,8 +131,11 @@ class Generation:
     going_on = np.array([reason is None for reason in self.reasons])
     limit = np.where(going_on, np.minimum(left, self._steps), 0)
     may_return = any(request.stop for request in self._requests)
+    apart = self._engine.apart(self._reading)
+    if apart is not self._reading:
+      self._reading, self._shared = apart, False  # it is a copy
     before, shared = (self._reading, self._seen), self._shared
-    given = jax.tree.map(jnp.copy, before) if shared or may_return else before
+    given = copied(before) if shared or may_return else before
     # What the rows remember moves on before anything waits: an interrupt finds it whole.
     new, *after = self._engine.write(*given, self._samplers, limit, self._stop)
     (self._reading, self._seen), self._shared = after, False
@@ -154,7 +158,7 @@ class Generation:
       if self.reasons[row]:
         pieces[row] += writer.end()
     if (count < new.count).any():  # the device went on after a stop string: again, as far as it
-      before = jax.tree.map(jnp.copy, before) if shared else before
+      before = copied(before) if shared else before
       _, self._reading, self._seen = self._engine.write(
           *before, self._samplers, count, self._stop
       )

@@ -99,7 +99,8 @@ def make_layout(
   return Layout(
       block=position // N, slot=slot, count=count, valid=valid, full=full,
       recent=jnp.zeros_like(position) if state.recent is None else state.recent.count,
-      head=0 if state.recent is None else state.recent.head, num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
+      head=0 if state.recent is None else state.recent.head,
+      num_blocks=T, num_slots=S if within else N, within=within, aligned=aligned,
   )  # fmt: skip
 
 

@@ -119,9 +119,9 @@ class Decoder(nnx.Module):
         training and prefill a block of padding.
       within_block: promises that no row's tokens reach into another block than the one that it is
         in, which saves the rest of that block. A single token never does.
-      detached: promises that no gradient comes back through the state after the tokens, as between
-        steps of training, which saves the last block's FAM its backward pass, and where the state is
-        not read either, the whole of it.
+      detached: promises that no gradient comes back through the state after the tokens, but for a
+        `penalty`, as between steps of training. It saves the last block's FAM its backward pass, and
+        where the state is not read either, the whole of it; other memories make no use of it.
 
     Returns:
       float32 logits `[B, S, V]` and the state after the tokens.

@@ -6,7 +6,8 @@ A FAM needs no token's output, so that a layer may go over its blocks in two ord
   with_tokens:   Algorithm 2 as it is written, block after block, each written out in the compiled
                  program: the products after attention have the N + F vectors of a block and its FAM, so
                  that the loop never reads a layer's widest matrices for `F` vectors alone, and what
-                 no backward pass keeps, scores say, is there for one block at a time.
+                 no backward pass keeps, scores say, is there for one block at a time. (A FAM that the last
+                 block of a `detached` call writes is apart.)
   before_tokens: the feedback loop first (`memory.feedback`), of the FAM's vectors alone, then the tokens
                  of all blocks at once: a program whose size does not grow with the call, and large
                  kernels for a device that wants them.
@@ -130,7 +131,8 @@ def _write_last(layer, fam, own, layout, turns, first):
 def _layer_of_each_block(layer, fam, T, updates, N, config):
   """The layer, T times; a matrix's gradient is made for all blocks at once, and goes over devices once.
 
-  What it is made of is kept up to the last block, which LoRA is spared: its gradients are small.
+  What it is made of is kept up to the last block, which LoRA is spared: its gradients are small. To `in_turns`
+  all blocks are one turn, whose rows stand side by side: a block more or less has other numbers of them.
   """
   if config.lora_rank:
     return [layer] * T

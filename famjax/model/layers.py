@@ -165,8 +165,8 @@ def in_turns(
     dtype: of the vectors.
 
   Returns:
-    Arrays `[T, ...]` for the loop to go over, and what makes of a turn's part of them the module in
-    that turn.
+    Arrays `[T, *rows, ...]` for the loop to go over, and what makes of a turn's part of them the module in
+    that turn; or in a part of a turn, from a part of its rows.
   """
   taps = {path: one.taps(turns, rows(path), dtype) for path, one in projections(module).items()}
   graphdef, matrices, others = nnx.split(module, lambda path, _: path[:-1] in taps, ...)

@@ -13,7 +13,8 @@ A matrix product of `[a, b]` and `[b, c]` is `2abc` FLOPs. Per token, forward:
 Training is three times the forward pass: the backward pass makes a gradient for each of the two
 factors of every product. For products with matrices that are not trained (LoRA) it is twice, and
 attention, the FAM's too, remains three times; LoRA's own products are left out. The FAM that a row's
-last block writes is read by no token of the step: it counts where rows go on from step to step, once.
+last block writes is read by no token of the step: it counts where rows go on from step to step, once,
+and not where it is made for random state passing, which wants one row's.
 A teacher adds its forward pass. What rematerialisation computes again is not counted, so that a policy
 that saves memory shows as a lower utilisation. Norms, RoPE, softmax and the embedding's lookup are
 left out, as in the PaLM paper (Chowdhery et al. 2022, appendix B).

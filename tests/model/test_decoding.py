@@ -172,6 +172,32 @@ def test_a_second_query_of_zeros_changes_nothing(monkeypatch, platform):
   np.testing.assert_allclose(attention.attend(queries, sets, 2.0), plain, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [cases.FAM[0], cases.FAM[5]], ids=["plain", "window"])
+def test_a_loop_as_a_gpu_has_it(config):
+  """Layers apart, and the FAM before the recent tokens: over a block's end, in rows that stand elsewhere."""
+  rng, tokens = np.random.default_rng(0), config.memory.block_size + 2
+  params = cases.random_params(config, 0)
+  model, plain = cases.model(config, params), Stream(config, params)
+  plain.feed(cases.draw_tokens(rng, BATCH, 3), lengths=[3, 1])
+  with axes.placed_by(cases.On("gpu")):
+    there = with_recent(unstack(plain.state), tokens)
+  assert there.recent.head == config.memory.length
+  graphdef, weights = nnx.split(model.unstacked())
+
+  @jax.jit
+  def step(weights, token, state):
+    model = nnx.merge(graphdef, weights)
+    logits, state = model(token, state)
+    return logits, model.write_fam(state)
+
+  for _ in range(tokens):
+    token = jnp.asarray(cases.draw_tokens(rng, BATCH, 1), jnp.int32)
+    logits, there = step(weights, token, there)
+    np.testing.assert_allclose(logits, plain.feed(token, lengths=[1, 1]), **cases.TOLERANCE)
+  for row in range(BATCH):
+    cases.assert_same_row(config, stack(settle(there)), row, plain.state, row)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_row_that_waits_is_due_until_its_fam_is_written(apart):
   config = cases.FAM[0]

@@ -143,16 +143,19 @@ def test_padding_gets_no_gradient():
   np.testing.assert_array_equal(reached > 0, np.arange(9) < 7)
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize(
+    "lora_rank, platform, split",
+    [(0, "gpu", False), (0, "tpu", False), (2, "gpu", False), (2, "tpu", False), (2, "tpu", True)],
+)
 def test_products_are_the_same_as_a_cpu_and_an_accelerator_are_given_them(
-    monkeypatch, lora_rank, platform
+    monkeypatch, lora_rank, platform, split
 ):
   """Over one axis of tokens and over several; on a TPU with LoRA's factors joined to matrices."""
   config = dataclasses.replace(cases.FAM[1], lora_rank=lora_rank)
   params, tokens, weights = draw(config, 5, batch=2)
   here = leaves(gradient.__wrapped__(config, params, tokens, weights))
   monkeypatch.setattr(axes, "platform", lambda: platform)
+  monkeypatch.setattr(axes, "is_split", lambda *_: split)
   monkeypatch.setattr(layers, "_MANY", 1)
   there = leaves(gradient.__wrapped__(config, params, tokens, weights))
   for name, value in here.items():

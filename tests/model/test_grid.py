@@ -14,6 +14,7 @@ import pytest
 
 from famjax.model import axes, grid
 from famjax.model.config import ModelConfig
+from famjax.training.flops import products, reading_flops_per_token
 from tests.model import cases
 
 ROWS, SIZE = 2, 4
@@ -90,6 +91,24 @@ def test_detached_changes_neither_numbers_nor_the_gradients_of_outputs(blocks, o
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(a).max())))
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(of_detached), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("order", ["with_tokens", "before_tokens"])
+def test_detached_leaves_out_the_last_backward_pass(order):
+  """By products of the program, the last F vectors' two in three; less their keys and values, which tokens read."""
+  blocks, rows = 4, SIZE + 2
+  config = cases.fam(SIZE, 0, 2, 2, (2, 1), feedback_order=order, fam_init="prefix", feedback_unroll=9)
+  params = cases.random_params(config, 0)
+  tokens = jnp.zeros((1, blocks * SIZE), jnp.int32)
+
+  def flops(detached):
+    loss = lambda params: cases.model(config, params)(tokens, detached=detached)[0].sum()
+    return products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+  whole, less = flops(False), flops(True)
+  layer = reading_flops_per_token(config, SIZE) - 2 * config.vocab_size * config.model_dim
+  of_token = layer * SIZE / rows  # a FAM's vector costs the same, and its backward pass twice that
+  assert 0.8 < (whole - less) / (2 * config.memory.length * of_token) < 1
 
 
 def rows_of_products(jaxpr: core.Jaxpr, width: int):
