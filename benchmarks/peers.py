@@ -6,9 +6,9 @@
 Models of about 3.3M parameters (width 256, 4 layers, 4 heads, vocabulary 256, blocks or segments of
 512, float32): a training step on 1,024 tokens with AdamW, and the logits of 4,096 tokens. famjax
 alone goes on to 16,384 and 65,536. Every model lives in a process of its own on one and the same
-core, is compiled and warmed up, and is then called in turn with the others, round after round. In all
-of them malloc keeps what is freed, or the system takes and clears it in each step (--system-malloc;
-docs/results/cpu.md).
+core, is compiled and warmed up, and is then called in turn with the others, round after round; the two
+long lengths come after all rounds, for what they give back to the system costs the next call of another
+process. In all of them malloc keeps what is freed, unless --malloc says otherwise (docs/results/cpu.md).
 
 A peer that cannot be imported is named and left out. Writes `report.json` and `peers.md`.
 """
@@ -26,9 +26,13 @@ import common
 import numpy as np
 
 WIDTH, LAYERS, HEADS, VOCAB, BLOCK = 256, 4, 4, 256, 512
-TRAIN, FORWARD, LONG = 1024, 4096, (16384, 65536)
+TRAIN, FORWARD, LONG, LONG_REPEATS = 1024, 4096, (16384, 65536), 3
 RATE = 1e-3
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+MALLOC = {  # what malloc is told: to take memory in huge pages, and to keep it in the process
+    "system": "",
+    "huge": "hugetlb=1",
+    "kept": f"hugetlb=1 mmap_max=0 trim_threshold={2**40} arena_max=1",
+}
 
 
 def famjax_(segments: int, fam: int):
@@ -214,11 +218,12 @@ def serve(name: str) -> None:
 class Worker:
   """A model in a process of its own."""
 
-  def __init__(self, name: str, malloc: dict[str, str]):
+  def __init__(self, name: str, malloc: str):
     pipe = subprocess.PIPE
+    tunables = ":".join(f"glibc.malloc.{one}" for one in MALLOC[malloc].split())
     self._process = subprocess.Popen(
-        [sys.executable, __file__, f"--serve={name}"], env=os.environ | malloc, stdin=pipe, stdout=pipe,
-        stderr=pipe, text=True,
+        [sys.executable, __file__, f"--serve={name}"], env=os.environ | {"GLIBC_TUNABLES": tunables},
+        stdin=pipe, stdout=pipe, stderr=pipe, text=True,
     )  # fmt: skip
     self.why = None
     self.parameters = self._said()
@@ -248,25 +253,29 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default="runs/peers")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--peer", action="append", choices=PEERS, help="several; all if none")
-  parser.add_argument("--system-malloc", action="store_true", help="leaves malloc as it comes")
+  parser.add_argument("--malloc", choices=MALLOC, default="kept")
   parser.add_argument("--serve", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.serve:
     serve(arguments.serve)
     return
-  malloc = {} if arguments.system_malloc else KEEP
-  workers = {name: Worker(name, malloc) for name in [*OURS, *(arguments.peer or PEERS)]}
-  tasks = [("train", TRAIN), ("forward", FORWARD), *(("forward", n) for n in LONG)]
+  workers = {name: Worker(name, arguments.malloc) for name in [*OURS, *(arguments.peer or PEERS)]}
   laps: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+
+  def turn(names, what, length, keep):
+    for name in names:
+      seconds = workers[name].time(what, length)
+      if keep and seconds is not None:
+        laps[name].setdefault(f"{what} {length}", []).append(seconds)
+
   for i in range(arguments.repeats + 1):
-    for what, length in tasks:
-      for name, worker in workers.items():
-        if length in LONG and (name not in OURS or i > 3):
-          continue
-        seconds = worker.time(what, length)
-        if i and seconds is not None:  # the first warms up
-          laps[name].setdefault(f"{what} {length}", []).append(seconds)
+    turn(workers, "train", TRAIN, i)  # the first warms up
+    turn(workers, "forward", FORWARD, i)
     print(f"round {i} of {arguments.repeats}", flush=True)
+  for length in LONG:
+    for i in range(LONG_REPEATS + 1):
+      turn(OURS, "forward", length, i)
+    print(f"{length:,} tokens", flush=True)
   for worker in workers.values():
     worker.close()
   _write(arguments.out, workers, laps)

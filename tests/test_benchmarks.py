@@ -170,7 +170,7 @@ def test_the_whole_of_the_paper_runs(load, tmp_path):
 
 def test_a_peer_that_is_not_there_is_named(load, tmp_path, capsys):
   peers = load("peers")
-  worker = peers.Worker("titans-pytorch", peers.KEEP)
+  worker = peers.Worker("titans-pytorch", "kept")
   assert "titans_pytorch" in worker.why and worker.time("train", 8) is None
   worker.close()
   there = argparse.Namespace(why=None, parameters=1000)

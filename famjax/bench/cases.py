@@ -216,7 +216,7 @@ def _engine(config: ModelConfig) -> engine.Engine:
 
 
 def _copied(reading: engine.Reading) -> engine.Reading:
-  return jax.block_until_ready(jax.tree.map(jnp.copy, reading))
+  return jax.block_until_ready(engine.copied(reading))
 
 
 def _tokens(config: ModelConfig, B: int, S: int) -> np.ndarray:

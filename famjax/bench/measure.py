@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -28,6 +29,8 @@ from famjax.training.metrics import write_text
 from famjax.training.optimizer import OptimizerConfig
 from famjax.training.parameters import count
 from famjax.training.train_state import abstract
+
+_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,8 @@ def measure(bench: Bench, out: pathlib.Path) -> dict:
   """
   bench.validate()
   file = out / "report.json"
-  asked = json.loads(json.dumps({"bench": dataclasses.asdict(bench), "machine": report.machine()}))
+  machine = report.machine() | {"small_pages": small_pages()}
+  asked = json.loads(json.dumps({"bench": dataclasses.asdict(bench), "machine": machine}))
   found = json.loads(file.read_text()) if file.exists() else asked | {"cases": []}
   if asked != {name: found.get(name) for name in asked}:
     raise UserError(f"{file} is of another bench or machine: name another --out")
@@ -209,6 +213,12 @@ def _memory() -> int:
   return int(free.split()[1]) * 1024 * 3 // 4  # malloc may keep what programs before had
 
 
+def small_pages() -> bool:
+  """Whether a step's memory comes in small pages, where malloc need only ask for huge ones."""
+  asked = "hugetlb=" in os.environ.get("GLIBC_TUNABLES", "")
+  return not asked and _PAGES.is_file() and "[madvise]" in _PAGES.read_text(encoding="ascii")
+
+
 def table(found: dict) -> list[list[str]]:
   """Rows of cells, the first is the head: a row for each step and length."""
   memories = list(dict.fromkeys(one["memory"] for one in found["cases"]))
@@ -274,6 +284,9 @@ def plot(found: dict, path: pathlib.Path) -> None:
 def command(bench: Bench, arguments: argparse.Namespace) -> int:
   """`famjax bench`: prints the table."""
   out = pathlib.Path(arguments.out)
+  if jax.default_backend() == "cpu" and small_pages():
+    print("memory comes in small pages, which costs up to a third of a step's time here; without:"
+          " export GLIBC_TUNABLES=glibc.malloc.hugetlb=1", file=sys.stderr)  # fmt: skip
   found = measure(bench, out)
   rate = found["rates"]
   print(f"{found['parameters']:,} parameters; {rate['flops'] / 1e9:,.1f} GFLOP/s of products and"

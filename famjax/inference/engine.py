@@ -168,7 +168,7 @@ class Engine:
     Returns:
       Where the rows stand then.
     """
-    reading = jax.tree.map(jnp.copy, after)  # the copy is given away, piece by piece
+    reading = copied(after)  # the copy is given away, piece by piece
     for piece, tokens in self._cut(rows, after):
       reading = _read(
           self.graphdef, self.params, tokens, piece.counts, reading, within=piece.within
@@ -194,7 +194,7 @@ class Engine:
       The scores of every token that was read, for each row, and where the rows stand then. Nothing
       is said about the first token of a row that had read nothing: it is nan, and not the likeliest.
     """
-    reading = jax.tree.map(jnp.copy, after)
+    reading = copied(after)
     said = [[] for _ in rows]
     for piece, tokens in self._cut(rows, after):
       scores, reading = _score(

@@ -54,12 +54,15 @@ class Layout:
   within: bool = struct.field(pytree_node=False)
   aligned: bool = struct.field(pytree_node=False)
 
-  def positions(self, N: int) -> jax.Array:
-    """int32 `[B, T, n]`: position in its row of every grid slot."""
-    if self.within:
-      first = self.block * N + self.slot
-      return first[:, None, None] + jnp.arange(self.num_slots)
-    return self.block[:, None, None] * N + jnp.arange(self.num_blocks * N).reshape(1, -1, N)
+  @property
+  def blocks(self) -> jax.Array:
+    """int32 `[B, T]`: index in its row of every grid block."""
+    return self.block[:, None] + jnp.arange(self.num_blocks)
+
+  @property
+  def slots(self) -> jax.Array | None:
+    """int32 `[B, 1, n]`: place in its block of every grid slot; None: 0 to N - 1."""
+    return self.slot[:, None, None] + jnp.arange(self.num_slots) if self.within else None
 
   def place(self, tokens: jax.Array, N: int) -> jax.Array:
     """`[B, S]` tokens to the grid, `[B, T, n]`; slots without a token hold 0."""

@@ -345,12 +345,11 @@ class Decoder(nnx.Module):
 def turns_of(layout: blocks.Layout, offset: jax.Array, config: ModelConfig) -> memory.Turns:
   """The rotations of a call, for layers of one kind; `offset` int32 `[B]` is the rows'."""
   N = config.memory.block_size
-  block = layout.block[:, None] + jnp.arange(layout.num_blocks)  # [B, T]
-  slots = layout.slot[:, None, None] + jnp.arange(layout.num_slots) if layout.within else None
+  block = layout.blocks  # [B, T]
   next_block = layout.block + (layout.slot + layout.count) // N  # [B], after the call
   return memory.Turns(
       token=rope.rotation(
-          block * N + offset[:, None], np.arange(N), rope.frequencies(config), slots
+          block * N + offset[:, None], np.arange(N), rope.frequencies(config), layout.slots
       ),
       write=fam_turn(block, offset[:, None], config),
       read=fam_turn(block - 1, offset[:, None], config),

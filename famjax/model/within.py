@@ -148,7 +148,7 @@ def _masks(layout: Layout, num_recent: int, config: MemoryConfig) -> tuple[jax.A
     bool `[B, 1, 1, 1, n or 1, (M+1) * N]`, `[B, 1, 1, 1, n or 1, s]` and `[B, 1, 1, 1, n, n]`.
   """
   R, N = config.memory_segments + 1, config.block_size
-  query = layout.positions(N)[:, 0, :, None]  # [B, n, 1]
+  query = jnp.swapaxes((layout.block * N)[:, None, None] + layout.slots, 1, 2)  # [B, n, 1]
   oldest = ((layout.block - R + 1) * N).clip(0)[:, None, None]  # first position that is seen
   begin = query[:, :1] - layout.recent[:, None, None]  # first position that is not in the ring
   newest = begin[:, 0] // N  # [B, 1] block that the ring is at

@@ -1,5 +1,6 @@
 """Cases are timed in turn; what is too slow or too large is left out; what is there is not done again."""
 
+import argparse
 import json
 import pathlib
 import re
@@ -107,6 +108,27 @@ def test_what_makes_no_sense(change, message):
 def test_every_file_describes_a_bench(file):
   configuration.configure([f"gin/bench/{file}"], [])
   configuration.bench_from_gin().validate()
+
+
+@pytest.mark.parametrize(
+    "pages, tunables, small",
+    [
+        ("always [madvise] never", "", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=1", False),
+        ("[always] madvise never", "", False),
+        ("always madvise [never]", "", False),
+        (None, "", False),
+    ],
+)  # fmt: skip
+def test_small_pages_are_told(pages, tunables, small, tmp_path, monkeypatch, capsys):
+  file = tmp_path / "enabled"
+  if pages:
+    file.write_text(pages)
+  monkeypatch.setattr(measure, "_PAGES", file)
+  monkeypatch.setattr(measure, "measure", lambda *_: {"parameters": 1, "rates": dict(flops=1, bytes=1), "cases": []})
+  monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+  measure.command(bench(), argparse.Namespace(out=str(tmp_path)))
+  assert ("export GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in capsys.readouterr().err) == small
 
 
 def test_the_command(tmp_path, capsys):

@@ -29,7 +29,7 @@ TALKS = {
 @pytest.fixture(scope="module", name="tokenizer")
 def _tokenizer(tmp_path_factory):
   """A directory with a tokenizer and no template."""
-  pytest.importorskip("tokenizers")
+  pytest.importorskip("tokenizers", reason="the core runs without it")
   directory = tmp_path_factory.mktemp("tokenizer")
   tiny.save_tokenizer(directory, "A text.")
   return directory

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-seqio = pytest.importorskip("seqio")
-tf = pytest.importorskip("tensorflow")
+seqio = pytest.importorskip("seqio", reason="the core runs without it")
+tf = pytest.importorskip("tensorflow", reason="the core runs without it")
 
 from famjax.data import tasks  # pylint: disable=wrong-import-position
 from famjax.data.examples import TaskExamples

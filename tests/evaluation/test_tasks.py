@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-seqio = pytest.importorskip("seqio")
+seqio = pytest.importorskip("seqio", reason="the core runs without it")
 
 from famjax import cli  # pylint: disable=wrong-import-position
 from famjax.data import evaluation_tasks

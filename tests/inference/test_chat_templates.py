@@ -18,7 +18,7 @@ from tests.data import chats
 from tests.inference import tiny
 from tests.inference.test_commands import interrupt_after, talk
 
-pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers", reason="the core runs without it")
 # Begins with a symbol and ends a turn with one that ends a text as well.
 TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}\
