@@ -8,7 +8,8 @@ A training step is that of `famjax bench`, with weights in float32 and products 
 Adafactor, a vocabulary of 256k, M 3, F 64 and blocks of 1,024. `train_8k` has one row of 8k tokens, `train_2x8k` two,
 `train_64k` one of 64k and `train_8x8k` eight of 8k, both with layers made again in the backward pass;
 `decode` writes a block after 8k tokens. Every line is printed as soon as it is there, and all of them stand in
-runs/gpu/report.json. `--fast` is a few tokens of a small model, on any machine.
+runs/gpu/report.json. Where no layer is made again, layers stand one after another in the program
+(`--layers_unroll`). `--fast` is a few tokens of a small model, on any machine.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from famjax.evaluation import report
 from famjax.kernels import block_attention_gpu
 from famjax.model import blocks
 from famjax.model.attention import KeySet
-from famjax.model.config import MemoryConfig, ModelConfig
+from famjax.model.config import FEEDBACK_ORDERS, MemoryConfig, ModelConfig
 from famjax.model.state import empty_state
 from famjax.training.flops import PEAK_FLOPS, products
 from famjax.training.optimizer import OptimizerConfig
@@ -39,6 +40,7 @@ MODEL = ModelConfig(
     compute_dtype="bfloat16", feedback_unroll=8,
     memory=MemoryConfig(block_size=1024, memory_segments=3, fam_length=64),
 )  # fmt: skip
+LOSS_CHUNK = 4096
 FAST = dataclasses.replace(
     MODEL, feedback_unroll=1, vocab_size=64, num_layers=1, model_dim=32, num_heads=2, ff_dim=32,
     memory=MemoryConfig(block_size=16, memory_segments=1, fam_length=4),
@@ -59,6 +61,9 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default="runs/gpu")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--profile", action="store_true", help="kernels of the first step")
+  parser.add_argument("--layers_unroll", type=int, default=MODEL.num_layers)
+  parser.add_argument("--loss_chunk", type=int, default=LOSS_CHUNK)
+  parser.add_argument("--feedback_order", choices=FEEDBACK_ORDERS, default="auto")
   parser.add_argument("--fast", action="store_true")
   arguments = parser.parse_args()
   unknown = set(arguments.what) - {"kernel", *STEPS}
@@ -140,10 +145,13 @@ def measure_step(what: str, config: ModelConfig, arguments, say: Callable[[dict]
   if arguments.fast:
     length = length // 1024 * config.memory.block_size
   optimizer = OptimizerConfig(name="adafactor")
-  config = dataclasses.replace(config, remat=remat)
+  unroll = min(arguments.layers_unroll, config.num_layers) if remat == "none" else 1
+  order = arguments.feedback_order
+  config = dataclasses.replace(config, remat=remat, layers_unroll=unroll, feedback_order=order)
   for memory in memories:
     case = cases.Case(step, memory, length, rows)
-    cost, ready = cases.cost_of(config, optimizer, case), cases.make(config, optimizer, case)
+    cost = cases.cost_of(config, optimizer, case)
+    ready = cases.make(config, optimizer, case, arguments.loss_chunk)
     laps = []
     for i in range(arguments.repeats + 1):
       prepared = ready.prepare()
@@ -155,7 +163,7 @@ def measure_step(what: str, config: ModelConfig, arguments, say: Callable[[dict]
     seconds = statistics.median(laps)
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, float("nan"))
     say({
-        "step": what, "memory": memory, "ms": 1e3 * seconds, "slowest ms": 1e3 * max(laps),
+        "step": what, "memory": memory, "order": order, "layers_unroll": unroll, "ms": 1e3 * seconds, "slowest ms": 1e3 * max(laps),
         "tokens/s": cost.tokens / seconds, "MFU": cost.flops / seconds / peak,
         "GB/s that it must move": cost.bytes / seconds / 1e9,
         "GiB": ready.memory_bytes / 2**30, "compile s": ready.compile_seconds,

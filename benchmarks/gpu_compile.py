@@ -1,12 +1,12 @@
-"""What a GPU's compiler makes of writing a token, said without a GPU: kernels, and bytes that they write.
+"""What a GPU's compiler makes of a token and of a training step, said without a GPU: kernels, and bytes written.
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION    # of jax itself
-    python benchmarks/gpu_compile.py
+    python benchmarks/gpu_compile.py                 # or decode, or train, alone: 1 and 6 minutes
 
-The decoding loop of benchmarks/gpu.py's 1B, for an H100, its layers stacked and apart, with a FAM
-and without. A kernel costs the time to start it, and what it writes is read again by the next; the
+Of benchmarks/gpu.py's 1B, for an H100, with a FAM and without: the decoding loop, its layers stacked
+and apart, and the training step on a row of 8k tokens by what `TRAIN` says. A kernel costs the time to start it, and what it writes is read again by the next; the
 weights are read once whatever the program is like. The compiler tries nothing out here, as it does
-where a card is, so that its choice of tiles may differ. Writes `report.json` and `table.md` to
+where a card is, so that its choice of tiles may differ. Writes `report.json` and `STEP.md` to
 runs/gpu_compile. `--fast` is a small model. Nothing is run: this is evidence, and no speed.
 """
 
@@ -28,6 +28,7 @@ import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
+from famjax import compilation
 from famjax.bench import cases
 from famjax.evaluation import report
 from famjax.inference import engine, sampling
@@ -37,6 +38,8 @@ from famjax.model.state import empty_state, num_bytes, unstack
 from famjax.parallel import hlo
 from famjax.parallel.mesh import MeshConfig, make_mesh
 from famjax.parallel.placement import AxisRules, Placement
+from famjax.training.config import TrainConfig
+from famjax.training.optimizer import OptimizerConfig
 
 TARGET = """
 gpu_device_info {
@@ -54,12 +57,24 @@ dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """  # what XLA wants to know of a card
 
+# Training steps: their memories, and settings of the model and of training.
+TRAIN = {
+    "a loop over layers, 1,024 tokens of logits": (("fam", "bswa"), dict(layers_unroll=1, loss_chunk=1024)),
+    "layers one after another": (("fam", "bswa"), dict(loss_chunk=1024)),
+    "and 4,096 tokens of logits": (("fam", "bswa"), {}),
+    "and FAM with its tokens": (("fam",), dict(feedback_order="with_tokens")),
+}  # fmt: skip
+
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("step", nargs="*", help="of decode, train; default: both")
   parser.add_argument("--out", type=pathlib.Path, default="runs/gpu_compile")
   parser.add_argument("--fast", action="store_true", help="a small model")
   arguments = parser.parse_args()
+  if unknown := set(arguments.step) - set(STEPS):
+    parser.error(f"{', '.join(sorted(unknown))}: choose of {', '.join(STEPS)}")
+  arguments.out.mkdir(parents=True, exist_ok=True)
   try:
     (device,) = topologies.get_topology_desc(
         "h100", "cuda", target_config=TARGET, topology="1x1x1"
@@ -70,19 +85,34 @@ def main() -> None:
         f" jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
     )
   model = gpu.FAST if arguments.fast else gpu.MODEL
-  found = [
-      {"layers": layers, "memory": memory, **cost(model, memory, layers == "apart", device)}
-      for layers in ("stacked", "apart")
-      for memory in ("fam", "bswa")
-  ]
-  lines = [[f"{x:,}" if isinstance(x, int) else x for x in one.values()] for one in found]
-  text = report.markdown([list(found[0]), *lines])
-  report.write_json(arguments.out / "report.json", {"found": found, "jax": jax.__version__})
-  (arguments.out / "table.md").write_text(text + "\n")
-  print(text)
+  tables = {}
+  for step in arguments.step or STEPS:
+    tables[step] = []
+    for one in STEPS[step](model, device):
+      print(f"{step}: {one}", flush=True)
+      tables[step].append({name: f"{x:,}" if isinstance(x, int) else x for name, x in one.items()})
+    found = tables[step]
+    text = report.markdown([list(found[0]), *(list(one.values()) for one in found)])
+    (arguments.out / f"{step}.md").write_text(text + "\n")
+    print(text)
+  report.write_json(arguments.out / "report.json", {"found": tables, "jax": jax.__version__})
 
 
-def cost(model, memory: str, apart: bool, device) -> dict[str, int]:
+def decoding(model, device):
+  """Rows of the table of a token."""
+  for layers in ("stacked", "apart"):
+    for memory in ("fam", "bswa"):
+      yield {"layers": layers, "memory": memory, **decode_cost(model, memory, layers == "apart", device)}
+
+
+def training(model, device):
+  """Rows of the table of a training step."""
+  for name, (memories, settings) in TRAIN.items():
+    for memory in memories:
+      yield {"step": name, "memory": memory, **train_cost(model, memory, settings, device)}
+
+
+def decode_cost(model, memory: str, apart: bool, device) -> dict[str, int]:
   """Of a token of one row that has read 8k, and of the loop around it, which turns every 16 tokens."""
   config = cases.model_of(model, cases.Case("decode", memory, 8 * model.memory.block_size, 1))
   config = dataclasses.replace(config, param_dtype=config.compute_dtype)
@@ -124,6 +154,32 @@ def cost(model, memory: str, apart: bool, device) -> dict[str, int]:
       "kernels a token": found["kernels"], "MB written a token": found["written"] // 10**6,
       "MB of weights": weights // 10**6, "kernels around, for 16 tokens": found["around"],
   }  # fmt: skip
+
+
+def train_cost(model, memory: str, settings: dict, device) -> dict[str, int | str]:
+  """Of a step on a row of 8 blocks."""
+  S = 8 * model.memory.block_size
+  kernel = "pallas" if model.memory.block_size > 64 else "none"  # "auto" asks a card
+  settings = dict(layers_unroll=model.num_layers, attention_kernel=kernel, loss_chunk=gpu.LOSS_CHUNK) | settings
+  loss_chunk = settings.pop("loss_chunk")
+  config = cases.model_of(dataclasses.replace(model, **settings), cases.Case("train", memory, S, 1))
+  run = compilation.Run(
+      config, OptimizerConfig("adafactor"), TrainConfig(train_steps=1, loss_chunk=loss_chunk),
+      MeshConfig(data=1), AxisRules(), 1, S,
+  )  # fmt: skip
+  placement = Placement(make_mesh(run.mesh, [device]), run.rules)
+  with axes.placed_by(placement):
+    trace, _, _ = compilation._train(run, placement)  # pylint: disable=protected-access
+    program = trace.lower().compile()
+  found = hlo.kernels(program.as_text())
+  total = lambda name: sum(getattr(one, name) * math.prod(one.loops) for one in found)
+  return {
+      "kernels": total("count"), "GB written": f"{total('bytes') / 1e9:.1f}",
+      "GiB of temporaries": f"{hlo.memory_of(program)['temp'] / 2**30:.1f}",
+  }  # fmt: skip
+
+
+STEPS = {"decode": decoding, "train": training}
 
 
 if __name__ == "__main__":

@@ -125,20 +125,23 @@ def cost_of(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Cost:
   return Cost(B * N, flops, float(N * (size + num_bytes(state))))
 
 
-def make(model: ModelConfig, optimizer: OptimizerConfig, case: Case) -> Ready:
-  """Compiles a case. Raises UserError if it cannot be."""
+def make(
+    model: ModelConfig, optimizer: OptimizerConfig, case: Case, loss_chunk: int = TrainConfig.loss_chunk
+) -> Ready:
+  """Compiles a case, in training with that `TrainConfig.loss_chunk`. Raises UserError if it cannot be."""
   config = model_of(model, case)
   config.validate()
   begun = time.perf_counter()
-  program, prepare, call = {"train": _train, "prefill": _prefill, "decode": _decode}[case.step](
-      config, optimizer, case
-  )
+  if case.step == "train":
+    program, prepare, call = _train(config, optimizer, case, loss_chunk)
+  else:
+    program, prepare, call = {"prefill": _prefill, "decode": _decode}[case.step](config, case)
   seconds = time.perf_counter() - begun
   return Ready(prepare, call, hlo.memory_of(program)["used"], seconds)
 
 
-def _train(config, optimizer, case):
-  train = TrainConfig(train_steps=1)
+def _train(config, optimizer, case, loss_chunk):
+  train = TrainConfig(train_steps=1, loss_chunk=loss_chunk)
   graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
   transformation = make_optimizer(optimizer, 1)
   schedule = make_schedule(optimizer, 1)
@@ -161,8 +164,7 @@ def _train(config, optimizer, case):
   return program, lambda: None, call
 
 
-def _prefill(config, optimizer, case):
-  del optimizer
+def _prefill(config, case):
   one = _engine(config)
   B, S = case.batch_size, case.length
   size = _chunk(config.memory, S)
@@ -180,8 +182,7 @@ def _prefill(config, optimizer, case):
   return program, lambda: _copied(start), call
 
 
-def _decode(config, optimizer, case):
-  del optimizer
+def _decode(config, case):
   one = _engine(config)
   B, V, N = case.batch_size, config.vocab_size, config.memory.block_size
   start = one.start(B)

@@ -18,6 +18,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from famjax.model import axes
 from famjax.model.attention import KeySet, attend
 from famjax.model.layers import Layer, in_turns
 
@@ -96,7 +97,10 @@ def read_block(
   """
   queries, *seen = layer.project(fam, write, read)
   seen = KeySet(*(x[:, None] for x in seen))
-  attended = attend(queries[:, None], [seen, block], layer.cap)[:, 0]
+  sets = [seen, block]
+  if axes.platform() == "gpu":  # each set has kernels of its own, and a few vectors wait for all of them
+    sets = [KeySet(*(jnp.concatenate(x, axis=3) for x in zip(seen[:2], block[:2])))]
+  attended = attend(queries[:, None], sets, layer.cap)[:, 0]
   return attended, jnp.where(first[:, None, None], 0, fam), seen
 
 
