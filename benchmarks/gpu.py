@@ -163,7 +163,8 @@ def measure_step(what: str, config: ModelConfig, arguments, say: Callable[[dict]
     seconds = statistics.median(laps)
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, float("nan"))
     say({
-        "step": what, "memory": memory, "order": order, "layers_unroll": unroll, "ms": 1e3 * seconds, "slowest ms": 1e3 * max(laps),
+        "step": what, "memory": memory, "order": order, "layers_unroll": unroll,
+        "ms": 1e3 * seconds, "slowest ms": 1e3 * max(laps),
         "tokens/s": cost.tokens / seconds, "MFU": cost.flops / seconds / peak,
         "GB/s that it must move": cost.bytes / seconds / 1e9,
         "GiB": ready.memory_bytes / 2**30, "compile s": ready.compile_seconds,

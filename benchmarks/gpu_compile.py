@@ -1,12 +1,13 @@
-"""What a GPU's compiler makes of a token and of a training step, said without a GPU: kernels, and bytes written.
+"""What a GPU's compiler makes of a token and of a training step, said without a GPU.
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION    # of jax itself
     python benchmarks/gpu_compile.py                 # or decode, or train, alone: 1 and 6 minutes
 
-Of benchmarks/gpu.py's 1B, for an H100, with a FAM and without: the decoding loop, its layers stacked
-and apart, and the training step on a row of 8k tokens by what `TRAIN` says. A kernel costs the time to start it, and what it writes is read again by the next; the
-weights are read once whatever the program is like. The compiler tries nothing out here, as it does
-where a card is, so that its choice of tiles may differ. Writes `report.json` and `STEP.md` to
+Counted are kernels and the bytes that they write. Of benchmarks/gpu.py's 1B, for an H100, with a FAM
+and without: the decoding loop, its layers stacked and apart, and the training step on a row of 8k
+tokens by what `TRAIN` says. A kernel costs the time to start it, and what it writes is read again by
+the next; the weights are read once whatever the program is like. The compiler tries nothing out here,
+as it does where a card is, so that its choice of tiles may differ. Writes STEP.json and STEP.md to
 runs/gpu_compile. `--fast` is a small model. Nothing is run: this is evidence, and no speed.
 """
 
@@ -85,17 +86,16 @@ def main() -> None:
         f" jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
     )
   model = gpu.FAST if arguments.fast else gpu.MODEL
-  tables = {}
   for step in arguments.step or STEPS:
-    tables[step] = []
+    found = []
     for one in STEPS[step](model, device):
       print(f"{step}: {one}", flush=True)
-      tables[step].append({name: f"{x:,}" if isinstance(x, int) else x for name, x in one.items()})
-    found = tables[step]
-    text = report.markdown([list(found[0]), *(list(one.values()) for one in found)])
+      found.append(one)
+    report.write_json(arguments.out / f"{step}.json", {"found": found, "jax": jax.__version__})
+    shown = lambda x: f"{x:,}" if isinstance(x, int) else x
+    text = report.markdown([list(found[0]), *([shown(x) for x in one.values()] for one in found)])
     (arguments.out / f"{step}.md").write_text(text + "\n")
     print(text)
-  report.write_json(arguments.out / "report.json", {"found": tables, "jax": jax.__version__})
 
 
 def decoding(model, device):
@@ -160,7 +160,8 @@ def train_cost(model, memory: str, settings: dict, device) -> dict[str, int | st
   """Of a step on a row of 8 blocks."""
   S = 8 * model.memory.block_size
   kernel = "pallas" if model.memory.block_size > 64 else "none"  # "auto" asks a card
-  settings = dict(layers_unroll=model.num_layers, attention_kernel=kernel, loss_chunk=gpu.LOSS_CHUNK) | settings
+  ours = dict(layers_unroll=model.num_layers, attention_kernel=kernel, loss_chunk=gpu.LOSS_CHUNK)
+  settings = ours | settings
   loss_chunk = settings.pop("loss_chunk")
   config = cases.model_of(dataclasses.replace(model, **settings), cases.Case("train", memory, S, 1))
   run = compilation.Run(

@@ -7,8 +7,8 @@ Models of about 3.3M parameters (width 256, 4 layers, 4 heads, vocabulary 256, b
 512, float32): a training step on 1,024 tokens with AdamW, and the logits of 4,096 tokens. famjax
 alone goes on to 16,384 and 65,536. Every model lives in a process of its own on one and the same
 core, is compiled and warmed up, and is then called in turn with the others, round after round; the two
-long lengths come after all rounds, for what they give back to the system costs the next call of another
-process. In all of them malloc keeps what is freed, unless --malloc says otherwise (docs/results/cpu.md).
+long lengths come after all rounds, model by model, for what one gives back to the system costs the
+next. In all of them malloc keeps what is freed, unless --malloc says otherwise (docs/results/cpu.md).
 
 A peer that cannot be imported is named and left out. Writes `report.json` and `peers.md`.
 """
@@ -272,10 +272,11 @@ def main() -> None:
     turn(workers, "train", TRAIN, i)  # the first warms up
     turn(workers, "forward", FORWARD, i)
     print(f"round {i} of {arguments.repeats}", flush=True)
-  for length in LONG:
-    for i in range(LONG_REPEATS + 1):
-      turn(OURS, "forward", length, i)
-    print(f"{length:,} tokens", flush=True)
+  for name in OURS:
+    for length in LONG:
+      for i in range(LONG_REPEATS + 1):
+        turn([name], "forward", length, i)
+    print(f"{name}: long", flush=True)
   for worker in workers.values():
     worker.close()
   _write(arguments.out, workers, laps)

@@ -155,6 +155,7 @@ def plot(found: dict, shape: common.Shape, path: pathlib.Path) -> None:
 
 def main() -> None:
   os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # of the processes that measure
+  os.environ["GLIBC_TUNABLES"] = ""  # a peak is that of small pages
   parser = common.make_parser(__doc__, "runs/streaming", **DEFAULTS)
   parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="tokens")
   common.run(parser.parse_args(), measure_part, measure_all, plot)

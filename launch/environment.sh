@@ -95,5 +95,6 @@ print(*(f"{name}=={version(name)}" for name in ("seqio", "tensorflow-datasets"))
   fi
   export PATH="$venv/bin:$PATH"
   # A step's temporaries come in huge pages: on a CPU it takes up to a third less (docs/results/cpu.md).
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+  [[ "${GLIBC_TUNABLES:-}" == *malloc.hugetlb=* ]] ||
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
 }

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -130,11 +131,14 @@ def measure(bench: Bench, out: pathlib.Path) -> dict:
   """
   bench.validate()
   file = out / "report.json"
-  machine = report.machine() | {"small_pages": small_pages()}
+  machine = report.machine()
+  if jax.default_backend() == "cpu":
+    machine["small_pages"] = small_pages()
   asked = json.loads(json.dumps({"bench": dataclasses.asdict(bench), "machine": machine}))
   found = json.loads(file.read_text()) if file.exists() else asked | {"cases": []}
-  if asked != {name: found.get(name) for name in asked}:
-    raise UserError(f"{file} is of another bench or machine: name another --out")
+  keys = [(name, key) for name in asked for key in {**asked[name], **found.get(name, {})}]
+  if other := [key for name, key in keys if found.get(name, {}).get(key) != asked[name].get(key)]:
+    raise UserError(f"{file} is of another bench or machine ({', '.join(other)}): name another --out")
   if "rates" not in found:
     found["parameters"] = count(abstract(bench.model)[1])
     size = found["parameters"] * np.dtype(bench.model.compute_dtype).itemsize
@@ -222,7 +226,7 @@ def _memory() -> int:
 
 def small_pages() -> bool:
   """Whether a step's memory comes in small pages, where malloc need only ask for huge ones."""
-  asked = "hugetlb=" in os.environ.get("GLIBC_TUNABLES", "")
+  asked = re.search(r"\bglibc\.malloc\.hugetlb=[12]", os.environ.get("GLIBC_TUNABLES", ""))
   return not asked and _PAGES.is_file() and "[madvise]" in _PAGES.read_text(encoding="ascii")
 
 
@@ -293,7 +297,7 @@ def command(bench: Bench, arguments: argparse.Namespace) -> int:
   out = pathlib.Path(arguments.out)
   if jax.default_backend() == "cpu" and small_pages():
     print("memory comes in small pages, which costs up to a third of a step's time here; without:"
-          " export GLIBC_TUNABLES=glibc.malloc.hugetlb=1", file=sys.stderr)  # fmt: skip
+          ' export GLIBC_TUNABLES="$GLIBC_TUNABLES:glibc.malloc.hugetlb=1"', file=sys.stderr)  # fmt: skip
   found = measure(bench, out)
   rate = found["rates"]
   print(f"{found['parameters']:,} parameters; {rate['flops'] / 1e9:,.1f} GFLOP/s of products and"

@@ -2,7 +2,7 @@
 
 A block's queries see three kinds of keys: the memory segments', the FAM's and their own block's.
 Each kind is a `KeySet`. Scores are made set by set against the maximum of all, and results and sums
-are added up: neither keys nor scores are ever copied next to one another, and a mask stands only
+are added up: neither keys nor scores are copied next to one another here, and a mask stands only
 where a set needs one.
 """
 
@@ -59,7 +59,8 @@ def attend(
   queries = queries.reshape(B, T, K, G * n, d)
   key_sets = [one for one in key_sets if one.keys.shape[3]]  # none has a maximum of nothing
   of = [queries[:, T - one.keys.shape[1] :] for one in key_sets]
-  if len(of) > 1 and axes.platform() == "gpu":  # of the same queries XLA would make one product, and copy all keys for it
+  if len(of) > 1 and axes.platform() == "gpu":
+    # Of the same queries XLA would make one product, and copy all keys for it.
     of[0] = jax.lax.optimization_barrier(of[0])
   scores = [_scores(queries, one, G, cap) for queries, one in zip(of, key_sets)]
   top = [_pad_blocks(score.max(axis=-1), T, _MASKED) for score in scores]

@@ -92,6 +92,8 @@ def read_block(
 ) -> tuple[jax.Array, jax.Array, KeySet]:
   """`update` up to `layer.close`: what a FAM's vectors read of a block and of themselves.
 
+  `block` is full and has no mask.
+
   Returns:
     What `close` takes, `[B, H, F, d]` and `[B, F, D]`, and Kf with Vf, `[B, 1, K, F, d]`.
   """

@@ -71,8 +71,11 @@ def test_it_goes_on(called, tmp_path, monkeypatch):
   measure.measure(bench(), tmp_path)
   assert {length for *_, length in called} == {16 * N}
   assert len(json.loads((tmp_path / "report.json").read_text())["cases"]) == 4
-  with pytest.raises(UserError, match="is of another bench or machine"):
+  with pytest.raises(UserError, match=r"is of another bench or machine \(repeats\): name another"):
     measure.measure(bench(repeats=3), tmp_path)
+  monkeypatch.setattr(measure, "small_pages", lambda: "other")
+  with pytest.raises(UserError, match=r"\(small_pages\)"):
+    measure.measure(bench(), tmp_path)
 
 
 def test_what_is_left_out_says_why(called, tmp_path):
@@ -114,7 +117,8 @@ def test_every_file_describes_a_bench(file):
     "pages, tunables, small",
     [
         ("always [madvise] never", "", True),
-        ("always [madvise] never", "glibc.malloc.hugetlb=1", False),
+        ("always [madvise] never", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=0", True),
+        ("always [madvise] never", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1", False),
         ("[always] madvise never", "", False),
         ("always madvise [never]", "", False),
         (None, "", False),
@@ -125,10 +129,11 @@ def test_small_pages_are_told(pages, tunables, small, tmp_path, monkeypatch, cap
   if pages:
     file.write_text(pages)
   monkeypatch.setattr(measure, "_PAGES", file)
-  monkeypatch.setattr(measure, "measure", lambda *_: {"parameters": 1, "rates": dict(flops=1, bytes=1), "cases": []})
+  found = {"parameters": 1, "rates": dict(flops=1, bytes=1), "cases": []}
+  monkeypatch.setattr(measure, "measure", lambda *_: found)
   monkeypatch.setenv("GLIBC_TUNABLES", tunables)
   measure.command(bench(), argparse.Namespace(out=str(tmp_path)))
-  assert ("export GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in capsys.readouterr().err) == small
+  assert (":glibc.malloc.hugetlb=1" in capsys.readouterr().err) == small
 
 
 def test_the_command(tmp_path, capsys):

@@ -159,6 +159,6 @@ def test_products_are_the_same_as_a_cpu_and_an_accelerator_are_given_them(
   monkeypatch.setattr(layers, "_MANY", 1)
   there = leaves(gradient.__wrapped__(config, params, tokens, weights))
   for name, value in here.items():
-    # Sums of float32 in another order: one rounding of the weights alone makes 1.2e-4.
-    room = (1e-3 if platform == "tpu" else 1e-4) * float(jnp.abs(value).max())
+    # Sums of float32 in another order: one rounding of the weights alone makes 0.5 to 1.6e-3 of LoRA's factors.
+    room = 1e-3 * float(jnp.abs(value).max())
     np.testing.assert_allclose(there[name], value, rtol=0, atol=room, err_msg=name)
