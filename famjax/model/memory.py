@@ -101,7 +101,7 @@ def read_block(
   seen = KeySet(*(x[:, None] for x in seen))
   sets = [seen, block]
   if axes.platform() == "gpu":  # each set has kernels of its own, and a few vectors wait for all of them
-    sets = [KeySet(*(jnp.concatenate(x, axis=3) for x in zip(seen[:2], block[:2])))]
+    sets = [KeySet(*(jnp.concatenate(x, axis=3) for x in zip(seen[:2], block[:2])))]  # [B, 1, K, F + N, d]
   attended = attend(queries[:, None], sets, layer.cap)[:, 0]
   return attended, jnp.where(first[:, None, None], 0, fam), seen
 

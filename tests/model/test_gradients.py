@@ -160,5 +160,5 @@ def test_products_are_the_same_as_a_cpu_and_an_accelerator_are_given_them(
   there = leaves(gradient.__wrapped__(config, params, tokens, weights))
   for name, value in here.items():
     # Sums of float32 in another order: one rounding of the weights alone makes 0.5 to 1.6e-3 of LoRA's factors.
-    room = 1e-3 * float(jnp.abs(value).max())
+    room = (1e-3 if lora_rank or platform == "tpu" else 1e-4) * float(jnp.abs(value).max())
     np.testing.assert_allclose(there[name], value, rtol=0, atol=room, err_msg=name)
