@@ -42,6 +42,7 @@ setuptools.setup(
         "jaxtyping>=0.3",
         "jinja2>=3.1.6",
         "matplotlib>=3.9",
+        "msgspec>=0.19",
         "numpy>=2.0,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",

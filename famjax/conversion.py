@@ -10,6 +10,7 @@ from flax import traverse_util
 from famjax.convert import hf, peft
 from famjax.data import tokenizers, vocabularies
 from famjax.errors import UserError
+from famjax.formats import read_json
 from famjax.model import lora
 from famjax.model.config import MEMORY_WEIGHTS, ModelConfig
 from famjax.training import adoption, checkpoint, parameters
@@ -46,7 +47,7 @@ def _to_hf(src: pathlib.Path, dst: pathlib.Path, _) -> tuple[int, str]:
   loaded = checkpoint.load_params(src)
   origin = _tokenizer(loaded.vocabulary, src)
   config = origin / "config.json" if origin else None
-  like = tokenizers.read_json(config) if config and config.is_file() else None
+  like = read_json(config) if config and config.is_file() else None
   hf.write(dst, *lora.merge(loaded.params, loaded.model), like)
   if origin:
     _copy_tokenizer(origin, dst)

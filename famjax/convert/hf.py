@@ -20,8 +20,8 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from famjax.convert.families import SYMBOLS, Json, carried, from_hf, known, to_hf
-from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
+from famjax.formats import read_json
 from famjax.model.config import MEMORY_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.parallel.placement import put

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from famjax.convert import hf
 from famjax.convert.families import Json, to_hf
-from famjax.data.tokenizers import read_json
 from famjax.errors import UserError
+from famjax.formats import read_json
 from famjax.model import lora
 from famjax.model.config import MEMORY_WEIGHTS, PROJECTIONS, ModelConfig
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 import functools
-import json
 import pathlib
 from typing import Any
 
 from famjax.data import chat_templates
 from famjax.errors import UserError
+from famjax.formats import read_json
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
 FILES = (
@@ -125,14 +125,6 @@ class TokenizerVocabulary:
       token = token.get("content") if isinstance(token, dict) else token
       ids = self._tokenizer.token_to_id(token) if token else None
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A file's JSON. Raises UserError if it cannot be read."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
 
 
 def _given(path: pathlib.Path) -> dict[str, Any]:

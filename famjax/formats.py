@@ -1,0 +1,117 @@
+"""Reads JSON files and checks them against a schema before anything uses a value.
+
+A schema is a `msgspec.Struct` or a dataclass: its fields are the keys that famjax reads, and their
+types say what each key may hold. Other keys are allowed, because other programs add their own.
+
+    class Adapter(msgspec.Struct):
+      r: Count
+      lora_alpha: Positive = 8.0
+
+    adapter = read(path / "adapter_config.json", Adapter)
+
+A value of another type gives one line: the file, the key, the value, and what is allowed.
+"""
+
+import json
+import pathlib
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from famjax.errors import UserError
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+# Upper bounds keep a hostile number from asking for more memory or time than any machine has.
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+
+_MOST_BYTES = 2**26  # 64 MB, of one JSON file; the index of the largest models has a tenth of it
+_SHOWN = 60  # characters of a value in an error message
+
+
+def read_json(path: pathlib.Path) -> Json:
+  """Returns the JSON object in a file.
+
+  Args:
+    path: UTF-8 file, with or without a byte order mark.
+
+  Raises:
+    UserError: The file cannot be read, is larger than 64 MB, or holds no JSON object.
+  """
+  try:
+    if path.stat().st_size > _MOST_BYTES:
+      raise UserError(f"{path} is larger than {_MOST_BYTES:,} bytes: it is no configuration")
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path} cannot be read ({_first_line(error)}): fetch it again") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{path} holds {shown(found)}, and it must be a JSON object: fetch it again")
+  return found
+
+
+def read(path: pathlib.Path, schema: type[T]) -> T:
+  """Returns a file's JSON object as an instance of a schema.
+
+  Args:
+    path: UTF-8 file.
+    schema: `msgspec.Struct` or dataclass.
+
+  Raises:
+    UserError: See `read_json` and `check`.
+  """
+  return check(read_json(path), schema, str(path))
+
+
+def check(found: Any, schema: type[T], where: str) -> T:
+  """Returns a JSON value as an instance of a schema.
+
+  Args:
+    found: value as `json.loads` returns it.
+    schema: `msgspec.Struct`, dataclass, or any other type that `msgspec.convert` takes.
+    where: name of the file, for the error message.
+
+  Raises:
+    UserError: A key is missing, or its value is not what the schema allows.
+  """
+  try:
+    return msgspec.convert(found, schema)
+  except msgspec.ValidationError as error:
+    raise UserError(f"{where}: {_described(error, found)}") from None
+  except UnicodeError:
+    raise UserError(f"{where} holds half of a surrogate pair, which is no character") from None
+  except RecursionError:
+    raise UserError(f"{where}: its JSON is nested too deeply") from None
+
+
+def shown(value: Any) -> str:
+  """Returns a value as an error message shows it: one line of at most 60 characters."""
+  try:
+    text = json.dumps(value, ensure_ascii=True)
+  except (TypeError, ValueError, RecursionError):
+    text = type(value).__name__
+  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _described(error: msgspec.ValidationError, found: Any) -> str:
+  """Returns msgspec's message with the key in front and the value behind it."""
+  message, _, path = str(error).partition(" - at `$")
+  message = message.replace("`", "")
+  keys = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]|(\[\.\.\.\])", path)
+  value = found
+  for key, index, _ in keys:
+    try:
+      value = value[key] if key else value[int(index)]
+    except (KeyError, IndexError, TypeError, ValueError):
+      return f"{path.strip('.`')}: {message}"
+  name = path.strip(".`")
+  return f"{name} is {shown(value)}: {message}" if name else message
+
+
+def _first_line(error: BaseException) -> str:
+  return " ".join(str(error).split())[:200]
