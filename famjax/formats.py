@@ -45,9 +45,13 @@ def read_json(path: pathlib.Path) -> Json:
     UserError: The file cannot be read, is larger than 64 MB, or holds no JSON object.
   """
   try:
-    if path.stat().st_size > _MOST_BYTES:
+    with path.open("rb") as file:  # of a bucket too, where `path` is an `epath.Path`
+      data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
       raise UserError(f"{path} is larger than {_MOST_BYTES:,} bytes: it is no configuration")
-    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    found = json.loads(data.decode("utf-8-sig"))
+  except UserError:
+    raise
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read ({_first_line(error)}): fetch it again") from None
   if not isinstance(found, dict):
