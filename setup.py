@@ -35,6 +35,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "clu>=0.0.12",
         "etils[epath]>=1.9",
+        "filelock>=3.12",
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "importlib_resources>=6",

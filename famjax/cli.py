@@ -15,6 +15,7 @@ import sys
 import traceback
 
 import famjax
+from famjax import compile_cache, trust
 from famjax.errors import DivergedError, TerminatedError, UserError
 
 _INFERENCE = "famjax.inference.commands"
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
   arguments = _parser().parse_args([a for a in argv if not a.startswith("--gin.")])
   arguments.gin = gin_bindings
   try:
-    return arguments.run(arguments)
+    compile_cache.enable(arguments.compile_cache, arguments.compile_cache_gb)
+    with trust.code(arguments.trust_code):
+      return arguments.run(arguments)
   except UserError as e:
     return _fail(e, 2)
   except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
@@ -68,7 +71,26 @@ def _parser() -> argparse.ArgumentParser:
       _add_chat, _add_convert, _add_compile, _add_bench,
   ):  # fmt: skip
     add(commands)
+  for command in commands.choices.values():
+    _add_common_options(command)
   return parser
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+  """Options of every command."""
+  parser.add_argument(
+      "--trust_code", action="store_true",
+      help="let a model's directory name Python code as its memory, and run that code",
+  )  # fmt: skip
+  parser.add_argument(
+      "--compile_cache", metavar="DIR",
+      help="directory for compiled programs, or off (default: $FAMJAX_COMPILE_CACHE, or"
+      " ~/.cache/famjax/compiled)",
+  )  # fmt: skip
+  parser.add_argument(
+      "--compile_cache_gb", type=float, default=2.0, metavar="GB",
+      help="largest size of that directory (default: 2)",
+  )  # fmt: skip
 
 
 def _add_gin_options(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ _FAST = [
     "--xla_cpu_use_fusion_emitters=false",
 ]  # fmt: skip
 os.environ.setdefault("XLA_FLAGS", " ".join(_FAST))
+os.environ["FAMJAX_COMPILE_CACHE"] = "off"  # a test measures what it compiles
 
 import hypothesis  # pylint: disable=wrong-import-position
 import jax  # pylint: disable=wrong-import-position

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from famjax.convert.families import SYMBOLS, Json, carried, from_hf, known, to_hf
 from famjax.errors import UserError
 from famjax.formats import read_json
+from famjax.model import strategy
 from famjax.model.config import MEMORY_WEIGHTS, MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.parallel.placement import put
@@ -193,9 +194,11 @@ def read_memory(path: pathlib.Path) -> MemoryConfig | None:
   if not (path / _MEMORY).is_file():
     return None
   try:
-    return MemoryConfig(**read_json(path / _MEMORY))
+    memory = MemoryConfig(**read_json(path / _MEMORY))
   except TypeError as error:
     raise UserError(f"{path / _MEMORY} is no memory that famjax knows ({error})") from None
+  strategy.check_saved(memory, str(path / _MEMORY))
+  return memory
 
 
 def read_memory_weights(path: pathlib.Path, config: ModelConfig) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax import trust
 from famjax.data.vocabularies import Vocabulary, load_vocabulary
 from famjax.errors import UserError
 from famjax.inference import continuations
@@ -371,7 +372,11 @@ def _state_shapes(config: ModelConfig, batch_size: int) -> State:
 
 
 def load(
-    path: str, memory: MemoryConfig | None = None, *, fam_prompt: jax.Array | None = None
+    path: str,
+    memory: MemoryConfig | None = None,
+    *,
+    fam_prompt: jax.Array | None = None,
+    trust_code: bool = False,
 ) -> Model:
   """Loads a model from a directory of ours or of the Hugging Face hub.
 
@@ -381,11 +386,14 @@ def load(
     memory: another memory than it was trained with; no weight but the FAM's own depends on it.
     fam_prompt: `[F, D]`, a FAM prompt to start from. Where a FAM is asked for that the checkpoint
       does not hold, and none is given, it is drawn from the embedding.
+    trust_code: Whether the directory may name a Python class ("module:Class") as its memory, which
+      is then imported and run. Set it only for directories whose authors you trust.
 
   Raises:
     UserError: no checkpoint there, or a prompt of another shape.
   """
-  return assemble(load_params(path), memory, fam_prompt=fam_prompt)
+  with trust.code(trust_code):
+    return assemble(load_params(path), memory, fam_prompt=fam_prompt)
 
 
 def assemble(

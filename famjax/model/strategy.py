@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax import trust
 from famjax.errors import UserError
 from famjax.model import rope
 from famjax.model.attention import KeySet, attend
@@ -192,6 +193,7 @@ def attend_causally(
 
 
 _KINDS: dict[str, type[Strategy]] = {}
+_IMPORTED: set[str] = set()  # kinds "module:Class" that the user's configuration has named
 
 
 def register(kind: str):
@@ -206,21 +208,44 @@ def register(kind: str):
   return add
 
 
-@functools.lru_cache(maxsize=None)
-def _make(kind: str, options: tuple[tuple[str, Any], ...]) -> Strategy:
+def check_saved(memory: MemoryConfig, where: str) -> None:
+  """Refuses a memory that was read from a directory and would have to import code.
+
+  Args:
+    memory: configuration that the directory holds.
+    where: name of the directory, for the error message.
+
+  Raises:
+    UserError: The kind is neither built in nor registered, the user's own configuration has not
+      named it, and the user does not trust the directory (`famjax.trust`).
+  """
   importlib.import_module("famjax.model.memories")
-  cls = _KINDS.get(kind)
+  kind = memory.kind
+  trust.check_kind(kind, kind in BUILT_IN or kind in _KINDS or kind in _IMPORTED, where)
+
+
+def _imported(kind: str) -> type[Strategy]:
+  """Imports the `Strategy` that a kind "module:Class" names."""
   module, _, name = kind.partition(":")
-  if cls is None and name:
-    try:
-      cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-      raise UserError(f"memory kind {kind!r} cannot be imported: {e}") from e
-  if cls is None:
+  if not name:
     raise UserError(
         f"memory kind {kind!r} is unknown; choose one of {', '.join((*BUILT_IN, *_KINDS))}, or"
         " import the module that registers it"
     )
+  try:
+    cls = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError, TypeError, ValueError) as e:
+    raise UserError(f"memory kind {kind!r} cannot be imported: {e}") from e
+  if not (isinstance(cls, type) and issubclass(cls, Strategy)):
+    raise UserError(f"memory kind {kind!r} names no subclass of famjax.model.strategy.Strategy")
+  _IMPORTED.add(kind)
+  return cls
+
+
+@functools.lru_cache(maxsize=None)
+def _make(kind: str, options: tuple[tuple[str, Any], ...]) -> Strategy:
+  importlib.import_module("famjax.model.memories")
+  cls = _KINDS.get(kind) or _imported(kind)
   fields = [field.name for field in dataclasses.fields(cls)]
   for option, _ in options:
     if option not in fields:

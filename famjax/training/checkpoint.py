@@ -21,13 +21,16 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from famjax import formats
 from famjax.convert import hf
 from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
+from famjax.model import strategy
 from famjax.model.config import HOW_IT_RUNS, MemoryConfig, ModelConfig
 from famjax.parallel import processes
 from famjax.parallel.placement import Placement
@@ -58,6 +61,16 @@ class About(NamedTuple):
   trainable: str = "full"
   base: str | None = None
   version: int = _VERSION
+
+
+class _Metadata(msgspec.Struct):
+  """Holds what `_metadata` writes: the fields of `About`, as JSON. Old checkpoints lack some."""
+
+  model: ModelConfig
+  vocabulary: str
+  trainable: str = "full"
+  base: str | None = None
+  version: int = 1
 
 
 class Restored(NamedTuple):
@@ -271,22 +284,24 @@ def read_about(path: pathlib.Path) -> About:
     data = checkpointer.checkpointables_metadata(int(path.name)).custom_metadata
   if not data:
     raise ValueError("its metadata cannot be read")
-  model = dict(data["model"])
-  memory = model.pop("memory")
-  for saved, known in ((model, ModelConfig), (memory, MemoryConfig)):
-    unknown = set(saved) - {field.name for field in dataclasses.fields(known)}
+  where = f"checkpoint {path}"
+  saved = formats.check(data, _Metadata, where)
+  for given, kind in ((data["model"], ModelConfig), (data["model"]["memory"], MemoryConfig)):
+    unknown = set(given) - {field.name for field in dataclasses.fields(kind)}
     if unknown:
       raise UserError(
-          f"checkpoint {path} was written by another version of famjax: it has the option"
+          f"{where} was written by another version of famjax: it has the option"
           f" {sorted(unknown)[0]}, which this one does not know; use that version"
       )
-  model = ModelConfig(memory=MemoryConfig(**memory), **model)
-  vocabulary = data["vocabulary"]
+  strategy.check_saved(saved.model.memory, where)
+  try:
+    saved.model.validate()
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from None
+  vocabulary = saved.vocabulary
   if vocabulary == OWN_TOKENIZER:
     vocabulary = str(run_directory.place(path).parent.parent / OWN_TOKENIZER)
-  return About(
-      model, vocabulary, data.get("trainable", "full"), data.get("base"), data.get("version", 1)
-  )
+  return About(saved.model, vocabulary, saved.trainable, saved.base, saved.version)
 
 
 def read_model(path: str | pathlib.Path) -> ModelConfig:
