@@ -5,10 +5,12 @@ an exit status. It imports what it needs when it runs, so that `famjax --help` c
 
 Exit status: 0 done; 1 the run diverged, or the step does not fit; 2 bad input; 70 an error of the
 program or of another process, with its traceback; 74 a full disk or a place out of reach; 130
-interrupted; 143 ended by SIGTERM, or by a notice of preemption, and to be started again.
+interrupted; 141 nobody reads the output any more (training and evaluations go on); 143 ended by
+SIGTERM, or by a notice of preemption, and to be started again.
 """
 
 import argparse
+import contextlib
 import importlib
 import pathlib
 import sys
@@ -36,12 +38,19 @@ def main(argv: list[str] | None = None) -> int:
   arguments.gin = gin_bindings
   try:
     compile_cache.enable(arguments.compile_cache, arguments.compile_cache_gb)
-    with trust.code(arguments.trust_code):
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(trust.code(arguments.trust_code))
+      if arguments.survives:
+        from famjax import console  # pylint: disable=import-outside-toplevel
+
+        stack.enter_context(console.surviving())
       return arguments.run(arguments)
   except UserError as e:
     return _fail(e, 2)
   except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
     return _fail(e, 2)
+  except BrokenPipeError:  # `famjax generate ... | head`: nobody wants the rest
+    return _nobody_reads()
   except OSError as e:  # a full disk, a bucket that is out of reach: it may go better later
     return _fail(e, 74)
   except DivergedError as e:
@@ -53,6 +62,15 @@ def main(argv: list[str] | None = None) -> int:
   except Exception:  # pylint: disable=broad-exception-caught
     traceback.print_exc()  # Python's own status for it, 1, means something here
     return 70
+
+
+def _nobody_reads() -> int:
+  """Ends as other programs do whose output nobody reads any more: without a word."""
+  from famjax import console  # pylint: disable=import-outside-toplevel
+
+  console.silence(sys.stdout)
+  console.silence(sys.stderr)
+  return 141
 
 
 def _fail(error: Exception | str, status: int) -> int:
@@ -71,8 +89,10 @@ def _parser() -> argparse.ArgumentParser:
       _add_chat, _add_convert, _add_compile, _add_bench,
   ):  # fmt: skip
     add(commands)
-  for command in commands.choices.values():
+  for name, command in commands.choices.items():
     _add_common_options(command)
+    # What leaves its result in a directory goes on when its terminal or pipe is gone.
+    command.set_defaults(survives=name in ("train", "eval", "harness", "study", "bench"))
   return parser
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from famjax import console
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.data.vocabularies import absolute
 from famjax.errors import DivergedError, UserError
@@ -162,17 +163,18 @@ def train(
 
   # --------------------------------------------------------------------------- write what it is
   about = about._replace(base=save_base(run_dir, state.frozen))
-  writer = None
+  writer, log = None, console.Log(None)
   if processes.is_first():
     run_directory.write(run_dir, description, table)
+    log = console.Log(run_dir / "log.txt")
     writer = MetricsWriter(run_dir, tensorboard=config.tensorboard, step=first_step)
     if description["gin"]:
-      print(run_directory.gin_text(description["gin"]), end="\n\n")
-    print(table, *notes, *filter(None, [writer.note]), sep="\n", flush=True)
+      log.print(run_directory.gin_text(description["gin"]), "")
+    log.print(table, *notes, *filter(None, [writer.note]))
 
   # -------------------------------------------------------------------------------------- train
   device = jax.devices()[0].device_kind, jax.device_count()
-  progress = Progress(config.train_steps, first_step, shown=processes.is_first())
+  progress = Progress(config.train_steps, first_step, log=log, shown=processes.is_first())
   last = {}
 
   def report(split_name: str, step: int, values: dict[str, float]) -> None:
@@ -245,12 +247,12 @@ def train(
       progress.say(f"{run_dir} has all of its {config.train_steps} steps")
       if eval_reader is not None:
         evaluate(step)
-  if terminated and processes.is_first():
-    print(
+  if terminated and processes.is_first():  # everything is on the disk by now
+    log.print(
         f"famjax: SIGTERM: saved {run_dir} after step {step} of {config.train_steps}; the same"
-        " command goes on from there",
-        flush=True,
+        " command goes on from there"
     )
+  log.close()
   return TrainResult(state, last, terminated)
 
 

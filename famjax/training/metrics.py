@@ -10,6 +10,7 @@ import time
 
 from etils import epath
 
+from famjax import console
 from famjax.training.flops import FlopsPerToken, utilisation
 
 
@@ -142,9 +143,17 @@ def number(value: float | None) -> str:
 class Progress:
   """A progress bar on a terminal, plain lines elsewhere."""
 
-  def __init__(self, total: int, done: int = 0, *, shown: bool = True):
-    """Shows nothing yet, or nothing ever. Args: steps of the run, and those that are done."""
+  def __init__(self, total: int, done: int = 0, *, log: console.Log | None = None, shown: bool = True):
+    """Shows nothing yet.
+
+    Args:
+      total: Steps of the run.
+      done: Steps that are done.
+      log: Keeps every line too. None: lines are printed alone.
+      shown: Whether anything is shown.
+    """
     self._total, self._bar, self._shown = total, None, shown
+    self._log = log or console.Log(None)
     if shown and sys.stderr.isatty():
       import tqdm  # pylint: disable=import-outside-toplevel
 
@@ -154,8 +163,9 @@ class Progress:
     """A line of its own, above the bar."""
     if self._bar is not None:
       self._bar.write(text)
+      self._log.keep(text)
     elif self._shown:
-      print(text, flush=True)
+      self._log.print(text)
 
   def advance(self, step: int, values: dict[str, float | None]) -> None:
     """Shows training metrics after `step` steps."""
@@ -164,9 +174,11 @@ class Progress:
       shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if values.get("mfu") is not None:
       shown.append(f"MFU {values['mfu']:.1%}")
+    line = f"step {step:>{len(str(self._total))}}/{self._total}  " + "  ".join(shown)
     if self._bar is None:
-      self.say(f"step {step:>{len(str(self._total))}}/{self._total}  " + "  ".join(shown))
+      self.say(line)
     else:
+      self._log.keep(line)
       self._bar.set_postfix_str("  ".join(shown), refresh=False)
       self._bar.update(step - self._bar.n)
 

@@ -3,6 +3,7 @@
     config.json      model, data, optimizer and training options, for the comparison on resuming
     config.gin       the same as a gin file, where the run was started with gin
     parameters.txt   table of parameters
+    log.txt          the lines that the run has printed, also without a terminal
     metrics.jsonl    metrics, and TensorBoard event files beside it
     checkpoints/     see checkpoint.py
 """
