@@ -7,6 +7,7 @@ import shutil
 
 from flax import traverse_util
 
+from famjax import locks
 from famjax.convert import hf, peft
 from famjax.data import tokenizers, vocabularies
 from famjax.errors import UserError
@@ -29,9 +30,12 @@ def convert(arguments: argparse.Namespace) -> int:
   if arguments.base and "peft" not in (arguments.source, arguments.target):
     raise UserError("--base is what LoRA alone is added to: it goes with --from=peft or --to=peft")
   src, dst = pathlib.Path(arguments.src).absolute(), pathlib.Path(arguments.dst).absolute()
-  if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-    raise UserError(f"{dst} is there already: name a new directory, or an empty one")
-  count, dtype = way(src, dst, arguments.base)
+  if dst.exists() and not dst.is_dir():
+    raise UserError(f"{dst} is a file: name a new directory, or an empty one")
+  with locks.held(dst, "directory"):
+    if not all(locks.is_lock(path.name) for path in dst.iterdir()):
+      raise UserError(f"{dst} is there already: name a new directory, or an empty one")
+    count, dtype = way(src, dst, arguments.base)
   print(f"{count:,} parameters of {dtype} written to {dst}")
   return 0
 

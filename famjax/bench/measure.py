@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax import locks
 from famjax.bench import cases
 from famjax.bench.cases import Case
 from famjax.errors import UserError
@@ -298,7 +299,8 @@ def command(bench: Bench, arguments: argparse.Namespace) -> int:
   if jax.default_backend() == "cpu" and small_pages():
     print("memory comes in small pages, which costs up to a third of a step's time here; without:"
           ' export GLIBC_TUNABLES="$GLIBC_TUNABLES:glibc.malloc.hugetlb=1"', file=sys.stderr)  # fmt: skip
-  found = measure(bench, out)
+  with locks.held(out, "report directory"):
+    found = measure(bench, out)
   rate = found["rates"]
   print(f"{found['parameters']:,} parameters; {rate['flops'] / 1e9:,.1f} GFLOP/s of products and"
         f" {rate['bytes'] / 1e9:,.1f} GB/s of copying")  # fmt: skip

@@ -22,6 +22,7 @@ from flax import nnx
 import jax
 
 from famjax.data.readers import Reader
+from famjax import locks
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.model import assemble, Model
@@ -123,13 +124,14 @@ class Measurement:
     loaded = load_params(checkpoint)
     home = checkpoint if "://" in checkpoint else _home(checkpoint)
     about = {"checkpoint": str(home), "step": loaded.step, "seed": self.evaluation.seed}
-    record = Record(pathlib.Path(out) if out else home / "eval" / name, about)
-    measured = self.evaluation.run(assemble(loaded), record)
-    asked = dataclasses.asdict(self.evaluation)
-    what = {"asked": asked, "of": about, "machine": report.machine()}
-    report.write_json(record.directory / "report.json", measured.results | what)
-    table = report.markdown(measured.table)
-    (record.directory / "report.md").write_text(table + "\n", encoding="utf-8")
+    directory = pathlib.Path(out) if out else home / "eval" / name
+    with locks.held(directory, "report directory"):
+      measured = self.evaluation.run(assemble(loaded), Record(directory, about))
+      asked = dataclasses.asdict(self.evaluation)
+      what = {"asked": asked, "of": about, "machine": report.machine()}
+      report.write_json(directory / "report.json", measured.results | what)
+      table = report.markdown(measured.table)
+      (directory / "report.md").write_text(table + "\n", encoding="utf-8")
     return table
 
 

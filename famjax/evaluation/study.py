@@ -21,6 +21,7 @@ import threading
 import time
 from typing import NamedTuple
 
+from famjax import locks
 from famjax.errors import TerminatedError, UserError
 from famjax.evaluation import report
 
@@ -148,7 +149,19 @@ def run(
       for name in study.models
   ]
   plans = {job: _plan(job, plan) for job in jobs}
-  root.mkdir(parents=True, exist_ok=True)
+  with locks.held(root, "study directory"):
+    return _run(study, jobs, plans, root, gin_files, bindings)
+
+
+def _run(
+    study: Study,
+    jobs: Sequence[_Job],
+    plans: dict[_Job, Plan],
+    root: pathlib.Path,
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+) -> list[report.Result]:
+  """Trains and evaluates in a directory that no other process uses. See `run`."""
   started = time.time()
   print(f"{len(jobs)} runs, {study.parallel} at a time; logs: {root}/*.log", flush=True)
   shares = _core_shares(study.parallel)

@@ -33,16 +33,22 @@ def generate(arguments: argparse.Namespace) -> int:
   if arguments.jsonl:
     return _generate_many(arguments)
   model = load(arguments.model)
-  after = session.load(arguments.session, model) if arguments.session else None
-  prompt = text_of(arguments.prompt, arguments.file, needed=after is None)
-  with _interrupts() as asked:
-    stream = _read_prompt(model, prompt, after, arguments, asked)
-    try:
-      _show(stream, asked)
-    finally:  # also if nobody takes the text any more
-      if arguments.session:
-        session.save(arguments.session, stream.reading, model)
+  with _session(arguments.session):
+    after = session.load(arguments.session, model) if arguments.session else None
+    prompt = text_of(arguments.prompt, arguments.file, needed=after is None)
+    with _interrupts() as asked:
+      stream = _read_prompt(model, prompt, after, arguments, asked)
+      try:
+        _show(stream, asked)
+      finally:  # also if nobody takes the text any more
+        if arguments.session:
+          session.save(arguments.session, stream.reading, model, locked=True)
   return 130 if asked else 0
+
+
+def _session(directory: str | None) -> contextlib.AbstractContextManager:
+  """Returns a context in which no other process uses a session, if one is named."""
+  return session.held(directory) if directory else contextlib.nullcontext()
 
 
 def _read_prompt(
@@ -196,13 +202,14 @@ def chat(arguments: argparse.Namespace) -> int:
   if arguments.turn is not None and "{}" not in arguments.turn:
     raise UserError(f"--turn={arguments.turn!r} has no {{}}, the place of the line that is typed")
   model = load(arguments.model)
-  before = session.load(arguments.session, model) if arguments.session else None
-  talk = Chat(model, before or model.start(), arguments)
-  try:
-    talk.run()
-  finally:
-    if arguments.session and talk.reading is not before:
-      session.save(arguments.session, talk.reading, model)
+  with _session(arguments.session):
+    before = session.load(arguments.session, model) if arguments.session else None
+    talk = Chat(model, before or model.start(), arguments)
+    try:
+      talk.run()
+    finally:
+      if arguments.session and talk.reading is not before:
+        session.save(arguments.session, talk.reading, model, locked=True)
   return 0
 
 
@@ -257,6 +264,11 @@ class Chat:
         elif self._talk:
           self._talk.add(line, stream.text)
 
+  def _holds(self, place: str) -> bool:
+    """Returns whether a directory is the session that this talk has locked."""
+    own = self._arguments.session
+    return own is not None and pathlib.Path(own).absolute() == pathlib.Path(place).absolute()
+
   def _prompt(self, line: str) -> str | list[int]:
     """What is read for a line; nothing for an empty turn."""
     encode = self._model.vocabulary.encode
@@ -276,7 +288,7 @@ class Chat:
     if name in ("save", "load") and not place:
       raise UserError(f"/{name} needs a directory: /{name} DIR")
     if name == "save":
-      session.save(place, self.reading, self._model)
+      session.save(place, self.reading, self._model, locked=self._holds(place))
       print(f"saved in {place}")
     elif name == "load":
       loaded = session.load(place, self._model)

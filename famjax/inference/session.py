@@ -4,15 +4,19 @@ A directory holds the newest save alone, written by Orbax beside its final place
 whole, so that a process that is killed while it saves leaves the save before it.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from famjax import formats, locks
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
@@ -21,21 +25,49 @@ from famjax.training.storage import list_steps, load_items, quiet, reason
 from famjax.training.storage import with_empty, without_empty
 
 FORMAT = 3  # raised when a State changes its meaning
+_MOST_ROWS = 65_536
 
 
-def save(directory: str | pathlib.Path, reading: Reading, model: Model) -> None:
+class _Metadata(msgspec.Struct):
+  """Holds what `_describe` writes."""
+
+  format: int
+  model: dict[str, Any]
+  weights: str
+  rows: Annotated[int, msgspec.Meta(ge=1, le=_MOST_ROWS)]
+  tokens: list[formats.TokenId]
+
+
+def held(directory: str | pathlib.Path) -> contextlib.AbstractContextManager[locks.Lock]:
+  """Returns a context that keeps other processes from using a session.
+
+  Raises:
+    UserError: Another process uses it, or the directory holds something else.
+  """
+  directory = pathlib.Path(directory).absolute()
+  _newest(directory)  # a lock is not put beside somebody else's files
+  return locks.held(directory, "session")
+
+
+def save(
+    directory: str | pathlib.Path, reading: Reading, model: Model, *, locked: bool = False
+) -> None:
   """Saves where rows stand, in place of what the directory held.
 
   Args:
     directory: is made if it is missing.
     reading: of any number of rows.
     model: whose reading it is.
+    locked: Whether the caller is in `held(directory)`. Otherwise the session is locked meanwhile.
 
   Raises:
-    UserError: the directory holds something else, or it cannot be written; what was saved before
-      is still there.
+    UserError: the directory holds something else, another process uses it, or it cannot be written;
+      what was saved before is still there.
   """
   directory = pathlib.Path(directory).absolute()
+  if not locked:
+    with held(directory):
+      return save(directory, reading, model, locked=True)
   newest, _ = _newest(directory)
   try:
     policy = ocp.training.preservation_policies.LatestN(1)
@@ -67,8 +99,8 @@ def load(directory: str | pathlib.Path, model: Model) -> Reading | None:
   newest, saved = _newest(directory)
   if not saved:
     return None
-  _check(directory, saved, model)
-  template = jax.eval_shape(lambda: model.start(saved["rows"]))
+  rows = _check(directory, saved, model)
+  template = jax.eval_shape(lambda: model.start(rows))
   try:
     items = load_items(directory / str(newest), {"reading": without_empty(template)})
   except Exception as error:  # a cut file raises anything
@@ -86,7 +118,8 @@ def _newest(directory: pathlib.Path) -> tuple[int, dict]:
   known = {str(step) for step in steps}
   # A save that was killed leaves a directory beside its final place.
   names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-  other = [name for name in names if name not in known and ".orbax-checkpoint-tmp" not in name]
+  ours = lambda name: name in known or ".orbax-checkpoint-tmp" in name or locks.is_lock(name)
+  other = [name for name in names if not ours(name)]
   saved = _metadata(directory, steps[-1]) if steps and not other else {}
   if other or (steps and "format" not in saved):
     raise UserError(
@@ -99,7 +132,8 @@ def _newest(directory: pathlib.Path) -> tuple[int, dict]:
 def _metadata(directory: pathlib.Path, step: int) -> dict:
   try:
     with quiet(), ocp.training.Checkpointer(directory) as loader:
-      return loader.checkpointables_metadata(step).custom_metadata or {}
+      found = loader.checkpointables_metadata(step).custom_metadata
+      return found if isinstance(found, dict) else {}
   except Exception as error:
     raise _unreadable(directory, error) from error
 
@@ -118,24 +152,35 @@ def _describe(reading: Reading, model: Model) -> dict[str, object]:
   }
 
 
-def _check(directory: pathlib.Path, saved, model: Model) -> None:
-  """Raises UserError naming the first thing in which a session's model is another one."""
+def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
+  """Returns the rows of a session. Raises UserError naming the first thing that is not the model's."""
+  where = f"session {directory}"
   if saved["format"] != FORMAT:
     raise UserError(
-        f"session {directory} was made by another version of famjax: its format is"
-        f" {saved['format']} and this version's {FORMAT}; use that version, or another session"
+        f"{where} was made by another version of famjax: its format is"
+        f" {formats.shown(saved['format'])} and this version's {FORMAT}; use that version, or another"
+        " session"
     )
+  metadata = formats.check(saved, _Metadata, where)
   ours = json.loads(json.dumps(dataclasses.asdict(model.config)))  # tuples become lists, as there
   ours = _flat(ours) | {"weights": model.fingerprint}
-  theirs = _flat(saved["model"]) | {"weights": saved["weights"]}
+  theirs = _flat(metadata.model) | {"weights": metadata.weights}
   for name in dict.fromkeys([*ours, *theirs]):
     if name not in HOW_IT_RUNS and theirs.get(name) != ours.get(name):
       raise UserError(
-          f"session {directory} was made by another model: {name} is {theirs.get(name)} there and"
-          f" {ours.get(name)} here; use that model, or another session"
+          f"{where} was made by another model: {name} is {_plain(theirs.get(name))} there and"
+          f" {_plain(ours.get(name))} here; use that model, or another session"
       )
+  return metadata.rows
 
 
-def _flat(config: dict[str, object]) -> dict[str, object]:
-  memory = {f"memory.{name}": value for name, value in config["memory"].items()}
-  return {name: value for name, value in config.items() if name != "memory"} | memory
+def _plain(value: Any) -> str:
+  """Returns a value of the metadata as one line."""
+  return value if isinstance(value, str) and value.isprintable() else formats.shown(value)
+
+
+def _flat(config: formats.Json) -> formats.Json:
+  """Returns a model's configuration with its memory's options beside the others."""
+  memory = config.get("memory")
+  inner = {f"memory.{n}": v for n, v in memory.items()} if isinstance(memory, dict) else {}
+  return {name: value for name, value in config.items() if name != "memory"} | inner

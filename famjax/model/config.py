@@ -337,8 +337,9 @@ class ModelConfig:
     _one_of("activation", self.activation, ("silu", "gelu"))
     self._validate_kinds()
     _at_least("lora_rank", self.lora_rank, 0)
-    for pattern in self.lora_targets if self.lora_rank else ():
-      if not any(re.search(pattern, name) for name in PROJECTIONS):
+    for pattern in self.lora_targets:
+      _check_pattern("lora_targets", pattern)
+      if self.lora_rank and not any(re.search(pattern, name) for name in PROJECTIONS):
         raise UserError(
             f"lora_targets: {pattern!r} is in no name of a matrix; there is {', '.join(PROJECTIONS)}"
         )
@@ -381,6 +382,20 @@ class ModelConfig:
 def _one_of(name: str, value, allowed) -> None:
   if value not in allowed:
     raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, allowed))}")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+  """Raises UserError for a pattern that is no regular expression, or that could search for hours.
+
+  A model's directory may come from anywhere, and repeated groups search for exponential time.
+  """
+  try:
+    re.compile(pattern)
+  except (re.error, TypeError, RecursionError, OverflowError) as error:
+    raise UserError(f"{name}: {pattern!r} is no pattern ({error})") from None
+  repeats = re.findall(r"[*+?{]", pattern)
+  if len(pattern) > 200 or len(repeats) > 4 or re.search(r"\)\s*[*+?{]", pattern):
+    raise UserError(f"{name}: {pattern!r:.60} repeats a group or is too long; name the matrices")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -284,8 +284,23 @@ def read_about(path: pathlib.Path) -> About:
     data = checkpointer.checkpointables_metadata(int(path.name)).custom_metadata
   if not data:
     raise ValueError("its metadata cannot be read")
+  return about_of(data, path)
+
+
+def about_of(data: formats.Json, path: pathlib.Path) -> About:
+  """Returns what a step's metadata says about it.
+
+  Args:
+    data: as `_metadata` has written it.
+    path: directory of the step.
+
+  Raises:
+    UserError: a value is missing or makes no sense, or another version of famjax wrote it.
+  """
   where = f"checkpoint {path}"
   saved = formats.check(data, _Metadata, where)
+  if "memory" not in data["model"]:
+    raise UserError(f"{where} does not say which memory its model has: fetch it again")
   for given, kind in ((data["model"], ModelConfig), (data["model"]["memory"], MemoryConfig)):
     unknown = set(given) - {field.name for field in dataclasses.fields(kind)}
     if unknown:

@@ -10,11 +10,12 @@ import signal
 import threading
 from typing import Any, NamedTuple
 
+from etils import epath
 from flax import nnx
 import jax
 import numpy as np
 
-from famjax import console
+from famjax import console, locks
 from famjax.data import FollowingReader, Reader, prefetch
 from famjax.data.vocabularies import absolute
 from famjax.errors import DivergedError, UserError
@@ -90,12 +91,33 @@ def train(
     UserError: something does not fit together; nothing has been written then.
     DivergedError: a loss or gradient is not finite. The newest checkpoint is from before it.
   """
-  # ------------------------------------------------------------------------------------ check
   description = check(
       run_dir, model, train_reader, optimizer, config, eval_reader, vocabulary, mesh, rules,
       settings=settings,
   )  # fmt: skip
   run_dir = run_directory.place(run_dir)
+  with run_directory.locked(run_dir) as lock:
+    return _train(
+        run_dir, lock, description, model, train_reader, optimizer, config, eval_reader, vocabulary,
+        mesh, rules,
+    )  # fmt: skip
+
+
+def _train(
+    run_dir: epath.Path,
+    lock: locks.Lock | None,
+    description: dict[str, Any],
+    model: ModelConfig,
+    train_reader: Reader,
+    optimizer: OptimizerConfig,
+    config: TrainConfig,
+    eval_reader: Reader | None,
+    vocabulary: str,
+    mesh: MeshConfig,
+    rules: AxisRules,
+) -> TrainResult:
+  """Trains in a directory that no other process uses. See `train`."""
+  # ----------------------------------------------------------------------------------- devices
   placement = Placement(make_mesh(mesh), rules)
   B = train_reader.batch_size
   config.check_batch_size(B, placement.row_parts)
@@ -192,6 +214,8 @@ def train(
     progress.say(f"step {step}  eval {'  '.join(shown)}")
 
   def save(step: int) -> None:
+    if lock is not None:
+      lock.check()
     whole = processes.whole_position(train_reader, position)
     checkpoints.save(state, whole, about, step)
 

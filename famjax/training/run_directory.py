@@ -8,6 +8,8 @@
     checkpoints/     see checkpoint.py
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,8 +17,10 @@ from typing import Any
 
 from etils import epath
 
+from famjax import locks
 from famjax.errors import UserError
 from famjax.model.config import HOW_IT_RUNS
+from famjax.parallel import processes
 from famjax.training.config import MAY_CHANGE
 from famjax.training.metrics import write_text
 from famjax.training.optimizer import DECAYING
@@ -93,6 +97,32 @@ def check(directory: epath.Path, description: dict[str, Any]) -> None:
           f"run directory {directory} belongs to another configuration: {name} is {saved[name]}"
           f" there and {value} here; name another run directory, or delete this one"
       )
+
+
+@contextlib.contextmanager
+def locked(directory: epath.Path) -> Iterator[locks.Lock | None]:
+  """Holds the lock of a run's directory, in the first of several processes.
+
+  Yields:
+    The lock; None in the other processes.
+
+  Raises:
+    UserError: Another run has it. All processes raise.
+  """
+  lock, refused = None, None
+  if processes.is_first():
+    lock = locks.Lock(directory, "run directory")
+    try:
+      lock.acquire()
+    except UserError as error:
+      lock, refused = None, error
+  try:
+    if processes.any_of_us(refused is not None):
+      raise refused or UserError(f"run directory {directory} is in use; the first process says by whom")
+    yield lock
+  finally:
+    if lock is not None:
+      lock.release()
 
 
 def write(directory: epath.Path, description: dict[str, Any], parameter_table: str) -> None:

@@ -1,0 +1,246 @@
+"""Keeps two processes from writing into one directory: a run, a study, a session, a conversion.
+
+Each process that asks for a directory writes a file of its own into it, `.lock-ID`, and then looks for
+the files of others. Nothing but writing, listing and deleting files is needed, so that it works on a
+disk, on a shared file system and in a bucket alike. Of two that ask at once, at most one gets the lock.
+
+A process that was killed leaves its file behind. On the same machine its number tells that it is gone.
+From another machine, a file that has not changed for `LEASE` seconds is taken to be left behind: the
+holder rewrites it every `BEAT` seconds.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+
+from etils import epath
+import msgspec
+
+from famjax import formats
+from famjax.errors import UserError
+
+PREFIX = ".lock-"
+BEAT, LEASE = 10.0, 60.0  # seconds
+_POLL = 0.1
+
+
+class Holder(msgspec.Struct):
+  """Says who has a lock.
+
+  Attributes:
+    host: name of the machine.
+    machine: stands for the machine, its start, and the process's namespace.
+    pid: number of the process.
+    process: time at which the process started, in ticks since the machine started.
+    since: local time at which the lock was asked for.
+    held: whether the process has got the lock; False: it still asks.
+    beat: how often the file was written.
+  """
+
+  host: str
+  machine: str
+  pid: int
+  process: str
+  since: str
+  held: bool = False
+  beat: int = 0
+
+  @property
+  def words(self) -> str:
+    """Host, process and time, as an error message names them."""
+    return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Lock:
+  """A lock of one directory, held until `release`."""
+
+  def __init__(self, directory: epath.PathLike, what: str):
+    """Takes the directory without asking for it.
+
+    Args:
+      directory: of this machine or of a bucket.
+      what: noun for error messages, such as "run directory".
+    """
+    self._directory, self._what = epath.Path(directory), what
+    self._file = self._directory / f"{PREFIX}{uuid.uuid4().hex}"
+    self._me = Holder(
+        socket.gethostname(), _machine(), os.getpid(), _process_start(os.getpid()),
+        time.strftime("%Y-%m-%d %H:%M:%S"),
+    )  # fmt: skip
+    self._made: list[epath.Path] = []
+    self._ended, self._lost = threading.Event(), False
+    self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+  def acquire(self) -> None:
+    """Gets the lock; makes the directory if it is missing.
+
+    Raises:
+      UserError: Another process has it. The line names host, process and time.
+    """
+    self._made = _make(self._directory)
+    try:
+      self._write()
+      self._wait_for_others()
+      self._me.held = True
+      self._write()
+    except BaseException:
+      self.release()
+      raise
+    self._thread.start()
+
+  def check(self) -> None:
+    """Raises UserError if somebody else has taken the lock, because this process stood still."""
+    if self._lost:
+      raise UserError(
+          f"{self._what} {self._directory}: this process stood still for more than {LEASE:.0f} s, and"
+          " another one has taken over: nothing more is written"
+      )
+
+  def release(self) -> None:
+    """Gives the lock back, and removes directories that were made for it and are empty."""
+    self._ended.set()
+    if self._thread.is_alive():
+      self._thread.join()
+    with contextlib.suppress(OSError):
+      self._file.unlink()
+    for path in reversed(self._made):
+      with contextlib.suppress(OSError):
+        if not any(path.iterdir()):
+          path.rmdir()
+
+  def _write(self) -> None:
+    self._me.beat += 1
+    text = msgspec.json.encode(self._me).decode()
+    if "://" in os.fspath(self._file):  # a bucket writes whole objects
+      self._file.write_text(text)
+      return
+    temporary = pathlib.Path(self._directory, f".tmp{self._file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(self._file)
+
+  def _beat(self) -> None:
+    """Rewrites the file again and again. Runs in a thread of its own."""
+    while not self._ended.wait(BEAT):
+      with contextlib.suppress(OSError):  # it may go better next time
+        if not self._file.exists():
+          self._lost = True
+          return
+        self._write()
+
+  def _wait_for_others(self) -> None:
+    """Returns once nobody else has the lock or asks for it with more right."""
+    until = time.monotonic() + LEASE
+    for file in _locks(self._directory):
+      if file.name == self._file.name:
+        continue
+      while (other := _read(file)) is not None:
+        if other.machine == self._me.machine:
+          alive = _process_start(other.pid) == other.process
+        else:
+          alive = _is_rewritten(file, other, self._what)
+        if not alive:
+          with contextlib.suppress(OSError):
+            file.unlink()
+          break
+        # Both have written before they looked, so that each sees the other: the smaller name stays.
+        if other.held or file.name < self._file.name or time.monotonic() > until:
+          raise UserError(
+              f"{self._what} {self._directory} is in use by {other.words}: wait until it ends, or"
+              " name another directory"
+          )
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def held(directory: epath.PathLike, what: str) -> Iterator[Lock]:
+  """Holds the lock of a directory. Args and errors are those of `Lock`."""
+  lock = Lock(directory, what)
+  lock.acquire()
+  try:
+    yield lock
+  finally:
+    lock.release()
+
+
+def is_lock(name: str) -> bool:
+  """Returns whether a file of this name belongs to a lock."""
+  return name.startswith((PREFIX, f".tmp{PREFIX}"))
+
+
+def _locks(directory: epath.Path) -> list[epath.Path]:
+  return sorted(path for path in directory.iterdir() if path.name.startswith(PREFIX))
+
+
+def _read(file: epath.Path) -> Holder | None:
+  """Returns who holds a lock; None if its file is gone."""
+  if not file.exists():
+    return None
+  try:
+    return formats.check(json.loads(file.read_text()), Holder, str(file))
+  except FileNotFoundError:
+    return None
+  except ValueError:  # a `UserError` too: what is no lock of ours is left to whoever made it
+    raise UserError(f"{file} is no lock that famjax understands: delete it") from None
+
+
+def _is_rewritten(file: epath.Path, seen: Holder, what: str) -> bool:
+  """Returns whether the holder on another machine rewrites its file within `LEASE` seconds."""
+  until = time.monotonic() + LEASE
+  print(
+      f"famjax: note: the {what} has a lock of {seen.words}; waiting up to {LEASE:.0f} s to see"
+      " whether that process still runs", file=sys.stderr, flush=True,
+  )  # fmt: skip
+  while time.monotonic() < until:
+    time.sleep(min(_POLL, LEASE / 10))
+    now = _read(file)
+    if now is None or now.beat != seen.beat:
+      return now is not None
+  return False
+
+
+def _make(directory: epath.Path) -> list[epath.Path]:
+  """Makes a directory; returns those that were not there, the outermost first."""
+  missing, path = [], directory
+  while "://" not in os.fspath(path) and not path.exists() and path != path.parent:
+    missing.insert(0, path)
+    path = path.parent
+  directory.mkdir(parents=True, exist_ok=True)
+  return missing
+
+
+@functools.cache
+def _machine() -> str:
+  """Returns what stands for this machine since its start, and for the namespace of its processes."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return f"{socket.gethostname()}/{uuid.getnode()}"
+
+
+def _process_start(pid: int) -> str:
+  """Returns when a process started; "" if there is no such process. A number is used again later."""
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    state, *rest = stat.rpartition(")")[2].split()
+    return "" if state in "ZX" else rest[18]
+  except FileNotFoundError:
+    if pathlib.Path("/proc/self").exists():
+      return ""
+  except OSError:
+    return ""
+  try:  # a system without /proc
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return ""
+  except PermissionError:
+    pass
+  return "alive"
