@@ -176,7 +176,9 @@ def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
 
 def _plain(value: Any) -> str:
   """Returns a value of the metadata as one line."""
-  return value if isinstance(value, str) and value.isprintable() else formats.shown(value)
+  if value is None or isinstance(value, (bool, int, float)):
+    return str(value)
+  return value[:200] if isinstance(value, str) and value.isprintable() else formats.shown(value)
 
 
 def _flat(config: formats.Json) -> formats.Json:
