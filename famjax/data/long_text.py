@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import os
 import pathlib
+import sys
 import sysconfig
 from typing import Sequence
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from famjax.data.examples import generator
 from famjax.data.examples import shuffled
+from famjax.data.outside import check_inside
+from famjax.data.text_files import read_text
 from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
@@ -79,10 +82,13 @@ class LongText:
   """A `Source` of files: every token has weight 1, and a file ends with `eos_id`.
 
   What the vocabulary puts before a text stands before a file and before an excerpt, with weight 0.
+  Files are UTF-8, and line ends stay as they are, as `famjax score` has it: see
+  `famjax.data.text_files`.
 
   Attributes:
     vocabulary: encodes a file when it is read.
     files: of the corpus.
+    skipped: number of files that were left out.
     fingerprint: their number, and a hash of their order, names and sizes: what a position in the
       data counts on.
   """
@@ -95,10 +101,11 @@ class LongText:
       split: str = "all",
       *,
       excerpt_tokens: int | None = None,
+      skip_bad: bool = False,
       shuffle: bool = True,
       cache_tokens: int = 2**26,
   ):
-    """Finds the files (see `find_files`, also for what it raises); reads none of them yet.
+    """Finds the files, and looks each of them through: after that none can end a run.
 
     Args:
       vocabulary: any.
@@ -107,10 +114,14 @@ class LongText:
       split: "all", "train" or "validation".
       excerpt_tokens: an example is this many tokens from a random place of a file, or the whole
         file where that is shorter; None: whole files.
+      skip_bad: leaves out files that would be refused, and says on standard error how many.
       shuffle: every epoch has an order of its own, by the reader's seed; else the order of paths.
       cache_tokens: files that were read last stay in memory up to so many tokens, of two bytes each
         for a vocabulary of up to 65,536, else of four. Excerpts of a corpus that is larger come from
         files that are read and encoded again.
+
+    Raises:
+      UserError: See `find_files`; or a file is not UTF-8, or holds a token that the model lacks.
     """
     least = 2 + len(begin_ids(vocabulary))
     if excerpt_tokens is not None and excerpt_tokens < least:
@@ -118,7 +129,10 @@ class LongText:
           f"excerpt_tokens {excerpt_tokens}: use at least {least}, or none for whole files"
       )
     self.vocabulary = vocabulary
-    self.files = find_files(directory, patterns, split)
+    found = find_files(directory, patterns, split)
+    self.files = _look_through(found, vocabulary, skip_bad)
+    self.skipped = len(found) - len(self.files)
+    self._lost = 0  # files that could not be read any more
     self.fingerprint = fingerprint(self.files)
     self._begin = begin_ids(vocabulary)
     self._excerpt = excerpt_tokens
@@ -128,10 +142,10 @@ class LongText:
     self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Source`."""
+    """See `Source`. In place of a file that has changed to no text, or has gone, comes the next one."""
     del step  # The files are the same throughout.
     size = len(self.files)
-    tokens = self._tokens(shuffled(seed, index, size) if self._shuffle else index % size)
+    tokens = self._readable_tokens(shuffled(seed, index, size) if self._shuffle else index % size)
     size = self._excerpt and self._excerpt - len(self._begin)
     if size and len(tokens) > size:
       start = int(generator(seed, index).integers(len(tokens) - size, endpoint=True))
@@ -142,17 +156,52 @@ class LongText:
       return tokens, np.asarray(np.arange(len(tokens)) >= len(self._begin), np.float32)
     return tokens, np.broadcast_to(np.float32(1), tokens.shape)
 
+  def _readable_tokens(self, number: int) -> np.ndarray:
+    """Returns the tokens of a file, or of the next one that can be read."""
+    for other in range(number, number + len(self.files)):
+      try:
+        return self._tokens(other % len(self.files))
+      except (UserError, OSError) as error:
+        self._lost += 1
+        if self._lost <= 5:  # whoever looks at the log knows by then
+          print(f"famjax: note: left out, the next one is read: {error}", file=sys.stderr, flush=True)
+    raise UserError(f"{self.files[0].parent}: no file can be read any more: put the files back")
+
   def _tokens(self, number: int) -> np.ndarray:
     """Returns the tokens of a file, `[n]`, and keeps those of the files that were read last."""
     cache = self._cache
     tokens = cache.pop(number, None)
     if tokens is None:
-      text = self.files[number].read_text(encoding="utf-8", errors="replace")
+      text = read_text(self.files[number])
       tokens = np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], self._dtype)
       while cache and len(tokens) + sum(map(len, cache.values())) > self._capacity:
         cache.popitem(last=False)
     cache[number] = tokens
     return tokens
+
+
+def _look_through(
+    files: list[pathlib.Path], vocabulary: Vocabulary, skip_bad: bool
+) -> list[pathlib.Path]:
+  """Returns the files that can be trained on. Raises UserError for one that cannot, or for all."""
+  good, worst = [], None
+  for path in files:
+    try:
+      check_inside(vocabulary, read_text(path), str(path))
+      good.append(path)
+    except (UserError, PermissionError, FileNotFoundError) as error:
+      worst = worst or error
+      if not skip_bad:
+        raise UserError(f"{error} (to leave such files out: LongText.skip_bad=True)") from None
+  if not good:
+    raise UserError(f"no file of the corpus can be used; the first: {worst}")
+  if worst:
+    print(
+        f"famjax: note: {len(files) - len(good):,} files are left out, as skip_bad says; the first:"
+        f" {worst}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+  return good
 
 
 def fingerprint(files: Sequence[pathlib.Path]) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from famjax.data import chat_templates
+from famjax.data.text_files import check_text, decode
 from famjax.errors import UserError
 from famjax.inference import session
 from famjax.inference.engine import Reading
@@ -115,7 +116,7 @@ def _prompt(line: _Line, model: Model, name: str) -> str | list[int]:
         f"{line.where}: messages need a chat template, and {name} has none: give a prompt"
     )
   try:
-    text = _check_text(template.render(line.given["messages"]), "the text of the messages")
+    text = check_text(template.render(line.given["messages"]), "the text of the messages")
   except UserError as error:
     raise UserError(f"{line.where}: {error}") from None
   return model.vocabulary.encode(text)  # as ids: the template has begun the text
@@ -134,7 +135,7 @@ def _requests(path: str, defaults: dict) -> Iterator[_Line]:
       continue
     try:
       given = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f"{where} is no JSON ({error}): one object a line") from None
     kind = "messages" if isinstance(given, dict) and "messages" in given else "prompt"
     if kind == "prompt" and not (isinstance(given, dict) and isinstance(given.get(kind), str)):
@@ -146,10 +147,12 @@ def _requests(path: str, defaults: dict) -> Iterator[_Line]:
     unknown = sorted(set(given) - {kind, *defaults})
     if unknown:
       raise UserError(f"{where}: {unknown[0]!r} is unknown; there is {', '.join(defaults)}")
-    if kind == "prompt" and not _check_text(given["prompt"], f"{where}: the prompt"):
+    if kind == "prompt" and not check_text(given["prompt"], f"{where}: the prompt"):
       raise UserError(f"{where}: the prompt is empty")
     values = defaults | {name: value for name, value in given.items() if name != kind}
     try:
+      what = "the text of the messages" if kind == "messages" else "the line"
+      check_text(json.dumps(given, ensure_ascii=False), what)  # stop strings too
       if kind == "messages":
         chat_templates.check(given["messages"])
       settings = Sampling(**{name: values[name] for name in _SAMPLING})
@@ -157,7 +160,7 @@ def _requests(path: str, defaults: dict) -> Iterator[_Line]:
           values["max_new_tokens"], settings, values["stop"], values["stop_tokens"]
       )
       request.validate(sys.maxsize)
-    except (UserError, TypeError) as error:
+    except (UserError, TypeError, RecursionError) as error:
       raise UserError(f"{where}: {error}") from None
     yield _Line(where, {kind: given[kind]}, request)
 
@@ -273,9 +276,9 @@ class Chat:
     """What is read for a line; nothing for an empty turn."""
     encode = self._model.vocabulary.encode
     if self._talk:  # ids: the template has begun the text
-      return encode(self._talk.turn(_check_text(line, "the line"))) if line else []
+      return encode(self._talk.turn(check_text(line, "the line"))) if line else []
     turn = _TURN if self._arguments.turn is None else self._arguments.turn
-    prompt = _check_text(turn.replace("\\n", "\n").replace("{}", line), "the line")
+    prompt = check_text(turn.replace("\\n", "\n").replace("{}", line), "the line")
     return prompt if encode(prompt) else ""
 
   def _new_talk(self) -> chat_templates.Talk | None:
@@ -335,11 +338,15 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def text_of(text: str | None, path: str | None, *, needed: bool) -> str:
-  """The text that was given: as it is, from a file, or from standard input ("-")."""
+  """Returns a text: as it is given, from a file, or from standard input ("-").
+
+  Raises:
+    UserError: There is none, or two; or it is not UTF-8: see `famjax.data.text_files`.
+  """
   if text is not None and path is not None:
     raise UserError("a text and a file were given: leave one of them out")
   if text is not None:
-    return _check_text(text, "the text")
+    return check_text(text, "the text")
   if path is None:
     if needed:
       raise UserError("no text was given: name one, or a file: --file=FILE (- is standard input)")
@@ -348,22 +355,7 @@ def text_of(text: str | None, path: str | None, *, needed: bool) -> str:
     data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}") from None
-  try:
-    return data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(
-        f"{'standard input' if path == '-' else path} is not UTF-8: byte {data[error.start]:#04x} at"
-        f" {error.start:,}; convert it, with iconv say"
-    ) from None
-
-
-def _check_text(text: str, what: str) -> str:
-  """The text, unless it holds what no character is: bytes that a shell passed on, half of a pair."""
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise UserError(f"{what} is not UTF-8 at character {error.start:,}; convert it") from None
-  return text
+  return decode(data, "standard input" if path == "-" else path)
 
 
 @contextlib.contextmanager

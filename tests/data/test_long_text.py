@@ -7,8 +7,9 @@ import pytest
 
 from famjax.data.long_text import find_files
 from famjax.data.long_text import LongText
-from famjax.data.vocabularies import load_vocabulary
+from famjax.data.vocabularies import ByteVocabulary, load_vocabulary
 from famjax.errors import UserError
+from famjax.inference.commands import text_of
 
 
 @pytest.fixture
@@ -83,11 +84,67 @@ def test_a_small_cache_changes_nothing(corpus):
   assert sum(map(len, small._cache.values())) <= 500 or len(small._cache) == 1
 
 
-def test_text_that_is_not_utf8_is_read(tmp_path):
-  (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+WRONG = {
+    "latin": ("caf\u00e9".encode("latin-1"), "is not UTF-8: byte 0xe9 at 3"),
+    "utf-16": ("caf\u00e9".encode("utf-16"), "is UTF-16: convert it, as with iconv -f UTF-16"),
+    "utf-32": ("caf\u00e9".encode("utf-32"), "is UTF-32"),
+    "utf-16 without a mark": ("cafe".encode("utf-16-le"), "has a NUL byte at 1"),
+    "a surrogate": (b"a\xed\xa0\x80", "is not UTF-8: byte 0xed at 1"),
+    "gzip": (b"\x1f\x8b\x08\0", "is compressed: unpack it first, with gunzip"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_is_no_text_is_refused_or_left_out(what, tmp_path, capsys):
+  data, message = WRONG[what]
+  (tmp_path / "a.txt").write_text("fine")
+  (tmp_path / "b.txt").write_bytes(data)
+  vocabulary = load_vocabulary("bytes")
+  with pytest.raises(UserError, match=f"b.txt {message}.*LongText.skip_bad=True") as error:
+    LongText(vocabulary, tmp_path)
+  assert "\n" not in str(error.value)
+  source = LongText(vocabulary, tmp_path, skip_bad=True)
+  assert source.skipped == 1 and [path.name for path in source.files] == ["a.txt"]
+  assert capsys.readouterr().err.startswith("famjax: note: 1 files are left out")
+  (tmp_path / "a.txt").unlink()
+  with pytest.raises(UserError, match=f"no file of the corpus can be used; the first: .*{message}"):
+    LongText(vocabulary, tmp_path, skip_bad=True)
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\r\n", "a\rb", "a\n\u2028\x85b", "", "\ufeff", "a\n"])
+def test_line_ends_and_a_byte_order_mark_are_as_score_has_them(text, tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_bytes(b"\xef\xbb\xbf" + text.encode())
   vocabulary = load_vocabulary("bytes")
   tokens, _ = LongText(vocabulary, tmp_path).example(0, 0, 0)
-  assert vocabulary.decode(tokens.tolist()) == "caf\ufffd"
+  assert vocabulary.decode(tokens.tolist()) == text
+  assert text_of(None, str(path), needed=True) == text
+
+
+def test_a_file_that_changes_does_not_end_a_run(corpus, capsys):
+  source = LongText(load_vocabulary("bytes"), corpus, cache_tokens=1)
+  source.files[3].unlink()
+  source.files[5].write_bytes(b"\xff")
+  texts = [source.vocabulary.decode(source.example(0, i, 0)[0].tolist()) for i in range(40)]
+  assert len(set(texts)) == 38
+  said = capsys.readouterr().err
+  assert said.count("left out, the next one is read") == 2 and str(source.files[3]) in said
+
+
+def test_a_file_with_a_token_that_the_model_lacks(tmp_path):
+  class Lacking(ByteVocabulary):
+    outside = {"<tool>": 300}
+
+    def encode(self, text):
+      if "<tool>" in text:
+        raise UserError("the model lacks the token '<tool>' (id 300)")
+      return super().encode(text)
+
+  (tmp_path / "a.txt").write_text("fine")
+  (tmp_path / "b.txt").write_text("a <tool> b")
+  with pytest.raises(UserError, match="b.txt: the model lacks the token '<tool>'"):
+    LongText(Lacking(), tmp_path)
+  assert LongText(Lacking(), tmp_path, skip_bad=True).skipped == 1
 
 
 @pytest.mark.parametrize(
