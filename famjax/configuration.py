@@ -13,11 +13,9 @@ import copy
 import dataclasses
 import difflib
 import functools
-import importlib.util  # noqa: F401  # gin 0.5 uses it without importing it
 import inspect
 import logging
 import os
-import pathlib
 import re
 import sys
 import tokenize
@@ -27,8 +25,7 @@ from typing import Any
 
 import gin
 
-import famjax
-from famjax import data
+from famjax import data, gin_paths
 from famjax.bench.measure import Bench
 from famjax.errors import UserError
 from famjax.evaluation import documents, passkey, questions, report, study, tasks
@@ -42,11 +39,6 @@ from famjax.training.checkpoint import load_params
 from famjax.training.config import TrainConfig
 from famjax.training.loop import TrainResult, check, train
 from famjax.training.optimizer import OptimizerConfig
-
-# Gin files, and what they include, are looked for from the working directory, inside the installed
-# package (a wheel carries gin/ as famjax/gin/), and in the checkout.
-_PACKAGE = pathlib.Path(famjax.__file__).resolve().parent
-SEARCHED = (pathlib.Path(), _PACKAGE, _PACKAGE.parent)
 
 
 def vocabulary_size(name: str, multiple_of: int = 1) -> int:
@@ -86,12 +78,10 @@ def configure(gin_files: list[str], bindings: list[str], unneeded: Sequence[str]
   """
   gin.clear_config()
   texts = []
-  with _gin_errors():
-    for path in gin_files:
-      if _find(path) is None:
-        places = ", ".join(str(base.absolute()) for base in SEARCHED)
-        raise UserError(f"gin file {path!r} not found; looked in {places}")
-      texts += _texts(gin.parse_config_file(path))
+  for path in gin_files:
+    texts += gin_paths.read_all(path)
+    with _gin_errors():
+      gin.parse_config_file(path)
   offered = {name for text in texts for name in (*_DEFINED.findall(text), *_macros(text))}
   for binding in bindings:
     name, equals, value = binding.partition("=")
@@ -277,16 +267,6 @@ _MACRO = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"|%(\w+)\b(?!\.)"
 _REFERENCE = re.compile(r"(?<![\w/.])[@%][A-Za-z_][\w./]*(\(\))?")
 
 
-def _find(path: str) -> pathlib.Path | None:
-  return next((base / path for base in SEARCHED if (base / path).is_file()), None)
-
-
-def _texts(parsed) -> list[str]:
-  """The text of a gin file and of all that it includes."""
-  own = _find(parsed.filename).read_text(encoding="utf-8")
-  return [own, *(text for included in parsed.includes for text in _texts(included))]
-
-
 def _macros(text: str) -> list[str]:
   """Names of the macros that a gin text uses; not what stands in quotes."""
   return [name for name in _MACRO.findall(text) if name]
@@ -421,5 +401,4 @@ def _at_the_edge(name: str, thing):
 
 for _name, _thing in CONFIGURABLE.items():
   gin.external_configurable(_at_the_edge(_name, _thing), name=_name)
-for _place in SEARCHED[1:]:
-  gin.add_config_file_search_path(str(_place))
+gin_paths.register()
