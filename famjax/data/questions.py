@@ -14,6 +14,7 @@ import uuid
 import numpy as np
 
 from famjax.data.examples import generator, join_texts
+from famjax.data.outside import check_made
 from famjax.data.vocabularies import Vocabulary, begin_ids
 from famjax.errors import UserError
 
@@ -307,6 +308,12 @@ class QuestionExamples:
     self._task, self._low = task, low
     for index in range(32):  # raises if there is no such text; some are longer than others
       ask(task, vocabulary, low, 0, index)
+
+  def check(self) -> None:
+    """Raises UserError if a text may hold a token that the model lacks."""
+    made = (ask(self._task, self.vocabulary, self.longest, 1, index) for index in range(32))
+    texts = (question.text + question.target for question in made)
+    check_made(self.vocabulary, texts, f"task {self._task!r}")
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`."""

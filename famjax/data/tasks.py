@@ -5,6 +5,7 @@ same data without TensorFlow.
 """
 
 import contextlib
+import sys
 from typing import Any, Sequence
 
 import numpy as np
@@ -15,10 +16,12 @@ from famjax.data.examples import generator
 from famjax.data.long_text import find_files
 from famjax.data.passkey import Lengths
 from famjax.data.passkey import PassKeyFormat
+from famjax.data.text_files import read_text
 from famjax.data.vocabularies import as_seqio
 from famjax.data.vocabularies import begin_ids
 from famjax.data.vocabularies import load_vocabulary
 from famjax.data.vocabularies import Vocabulary
+from famjax.errors import UserError
 
 # TensorFlow only feeds: the accelerators are JAX's. (It refuses once it has taken hold of them.)
 with contextlib.suppress(RuntimeError):
@@ -75,7 +78,7 @@ def register_long_text(
 
   Features: `targets`, int32[n], a whole file and its end, and its text as `targets_pretokenized`.
   Splits: train and validation, as `find_files` has them; the directory is looked at when a split is
-  read.
+  read. A file that is not UTF-8 is left out, with a line on standard error.
 
   Args:
     vocabulary: or the name of one (`load_vocabulary`).
@@ -87,7 +90,11 @@ def register_long_text(
   def examples(split: str, seed: int | None):
     del seed  # seqio shuffles.
     for path in find_files(directory, patterns, split):
-      text = path.read_text(encoding="utf-8", errors="replace")
+      try:
+        text = read_text(path)
+      except (UserError, OSError) as error:  # raised in a generator it would end the pipeline
+        print(f"famjax: note: long_text: left out: {error}", file=sys.stderr, flush=True)
+        continue
       tokens = np.asarray([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
       yield {"targets": tokens, "targets_pretokenized": text}
 

@@ -183,6 +183,24 @@ def begin_ids(vocabulary: Vocabulary) -> list[int]:
   return list(getattr(vocabulary, "begin_ids", ()))
 
 
+def check_fits(vocabulary: Vocabulary, vocab_size: int) -> None:
+  """Raises UserError if a model lacks one of the ids that a vocabulary puts around texts.
+
+  Args:
+    vocabulary: any.
+    vocab_size: of the model, V; it has the ids in `[0, V)`.
+  """
+  ids = {"padding": getattr(vocabulary, "pad_id", None), "the end": getattr(vocabulary, "eos_id", None)}
+  ids |= {f"begin symbol {i}": id_ for i, id_ in enumerate(begin_ids(vocabulary))}
+  ids |= {f"stop symbol {i}": id_ for i, id_ in enumerate(getattr(vocabulary, "stop_ids", ()))}
+  for name, id_ in ids.items():
+    if id_ is not None and not 0 <= id_ < vocab_size:
+      raise UserError(
+          f"the vocabulary's id of {name} is {id_}, and the model's vocab_size is {vocab_size:,}: give"
+          " it a row: famjax convert --from=hf --resize_vocabulary"
+      )
+
+
 def absolute(name: str) -> str:
   """A vocabulary's name that means the same in any folder."""
   return str(pathlib.Path(name).absolute()) if _file(name) else name

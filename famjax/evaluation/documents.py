@@ -11,6 +11,7 @@ import sys
 import numpy as np
 
 from famjax.data.long_text import find_files
+from famjax.data.text_files import read_text
 from famjax.data.vocabularies import begin_ids
 from famjax.errors import UserError
 from famjax.evaluation.by_position import by_position
@@ -63,7 +64,7 @@ class DocumentEval:
       all of them. Perplexity is by tokens of the model's own vocabulary.
 
     Raises:
-      UserError: the model's context is shorter than the last edge.
+      UserError: the model's context is shorter than the last edge, or a document is not UTF-8.
     """
     files = find_files(self.directory, self.patterns, self.split)
     if len(files) > self.documents:
@@ -72,6 +73,8 @@ class DocumentEval:
     done = [line for line in record.lines if line["edges"] == list(self.edges)]
     read = {name for line in done for name in line["documents"]}
     left = [path for path in files if str(path) not in read]
+    for path in left:  # a file that cannot be read is refused before hours of work
+      read_text(path)
     for first in range(0, len(left), self.batch_size):
       paths = left[first : first + self.batch_size]
       bins = by_position(model, [_tokens(model, p) for p in paths], self.edges, self.chunk_blocks)
@@ -105,7 +108,7 @@ class DocumentEval:
 
 
 def _tokens(model: Model, path: pathlib.Path) -> np.ndarray:
-  text = path.read_text(encoding="utf-8", errors="replace")
+  text = read_text(path)
   return np.asarray([*begin_ids(model.vocabulary), *model.vocabulary.encode(text)], np.int32)
 
 

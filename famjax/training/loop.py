@@ -17,7 +17,7 @@ import numpy as np
 
 from famjax import console, locks
 from famjax.data import FollowingReader, Reader, prefetch
-from famjax.data.vocabularies import absolute
+from famjax.data.vocabularies import absolute, check_fits
 from famjax.errors import DivergedError, UserError
 from famjax.model import diagnostics
 from famjax.model.config import ModelConfig
@@ -225,7 +225,7 @@ def _train(
       stack.callback(writer.close)
     stack.enter_context(checkpoints)
     sigterm = stack.enter_context(_on_sigterm())
-    batches = prefetch(train_reader, position, first_step)
+    batches = prefetch(train_reader, position, first_step, vocab_size=model.vocab_size)
     stack.callback(batches.close)
     clock, waiting = Clock(), []  # metrics of steps that the host has not looked at yet
     step = first_step
@@ -359,7 +359,8 @@ def run_evaluation(
     shapes = jax.eval_shape(empty)
     where = placement.shardings(shapes, state_axes(shapes))
     carry = jax.jit(empty, out_shardings=where)()  # no device holds more of it than its part
-  with contextlib.closing(prefetch(reader, reader.start(), 0)) as batches:
+  ahead = prefetch(reader, reader.start(), 0, vocab_size=model.vocab_size)
+  with contextlib.closing(ahead) as batches:
     for _, batch, _ in itertools.islice(batches, config.eval_batches):
       sums, carry = eval_step(params, carry, placement.batch(batch, reader.rows, B))
       total = sums if total is None else jax.tree.map(operator.add, total, sums)
@@ -403,6 +404,10 @@ def _check_reader(reader: Reader, model: ModelConfig, config: TrainConfig) -> No
         f"the vocabulary has {size} entries and the model's vocab_size is {model.vocab_size}: raise"
         " vocab_size or use another vocabulary"
     )
+  check_fits(reader.vocabulary, model.vocab_size)
+  source = getattr(reader, "source", None)
+  if hasattr(source, "check"):
+    source.check()
 
 
 def _look_at(waiting: list, last_step: int, run_dir: os.PathLike[str]) -> list:
