@@ -6,7 +6,7 @@ import gin
 import numpy as np
 import pytest
 
-from famjax import configuration
+from famjax import cli, configuration
 from famjax.configuration import CONFIGURABLE, configure, operative_settings, quoted
 from famjax.errors import UserError
 from famjax.model.config import ModelConfig
@@ -239,6 +239,56 @@ def test_missing_files_and_names(tmp_path, capfd):
   with pytest.raises(UserError, match="run_dir"):
     configuration.train_from_gin()
   assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a.gin": b'include "a.gin"\n'}, "a file includes itself: .*a.gin includes .*a.gin; leave"),
+        (
+            {"a.gin": b'include "b.gin"\n', "b.gin": b"include 'c.gin'", "c.gin": b'include "b.gin"'},
+            "a file includes itself: .*b.gin includes .*c.gin includes .*b.gin; leave",
+        ),
+        ({"a.gin": "A = 1".encode("utf-16")}, "a.gin is UTF-16: convert it"),
+        ({"a.gin": b"A = '\xe9'"}, "a.gin is not UTF-8: byte 0xe9 at 5"),
+        ({"a.gin": b"\0\1\2"}, "a.gin has a NUL byte at 0"),
+        ({"a.gin": b"\x1f\x8b\x08"}, "a.gin is compressed"),
+        ({"a.gin/b": b""}, "gin file 'a.gin' is a directory: name a file in a.gin"),
+        ({"a.gin": b'include "b.gin"'}, "gin file 'b.gin', which .*a.gin includes, not found; looked in"),
+        ({"a.gin": b"A = \n"}, r"gin: Unable to parse value. \(a.gin, line 1\)"),
+    ],
+)
+def test_a_gin_file_that_cannot_be_read_is_one_line(files, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name, content in files.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message) as error:
+    configure(["a.gin"], [])
+  assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_a_file_twice(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.gin").write_bytes(b'\xef\xbb\xbfinclude "b.gin"\r\nTrainConfig.seed = 7\r\n')
+  (tmp_path / "b.gin").write_bytes(b"\xef\xbb\xbfBATCH_SIZE = 3\n")
+  configure([RUN, "a.gin", "b.gin", "a.gin"], ["RUN_DIR=x"])
+  assert gin.query_parameter("TrainConfig.seed") == 7
+  assert gin.query_parameter("BATCH_SIZE/gin.macro.value") == 3
+
+
+def test_a_bad_record_is_refused_before_training(tmp_path, capfd):
+  (tmp_path / "a.jsonl").write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "\\ud800", "targets": "b"}\n')
+  arguments = [
+      "train", "--gin_file=gin/runs/finetune_flan.gin", f"--gin.RUN_DIR={tmp_path / 'run'}",
+      "--gin.INITIAL_CHECKPOINT=none", "--gin.VOCABULARY=bytes", f"--gin.DATA={tmp_path / 'a.jsonl'}",
+  ]  # fmt: skip
+  assert cli.main(arguments) == 2
+  said = capfd.readouterr().err
+  assert said.count("\n") == 1 and "a.jsonl, record 2: its text is not UTF-8" in said
+  assert cli.main([*arguments, "--gin.SKIP_BAD=True"]) == 2  # for the checkpoint that is not there
+  assert "1 records are left out, as skip_bad says" in capfd.readouterr().err
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_file_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -178,3 +178,60 @@ def test_what_is_not_there_is_named():
     TaskExamples("passkey", "test")
   with pytest.raises(UserError, match="no_such_module"):
     TaskExamples("passkey", modules="no_such_module")
+
+
+@pytest.fixture
+def task_of():
+  """Registers a task of numbers, by a function of a number to an example's features."""
+  names = []
+
+  def register(features, count=40):
+    names.append(f"famjax_bad_{len(names)}")
+
+    def dataset(split, shuffle_files=False, seed=None):
+      return tf.data.Dataset.range(count).map(features)
+
+    seqio.TaskRegistry.add(
+        names[-1],
+        source=seqio.FunctionDataSource(dataset_fn=dataset, splits=["train"]),
+        preprocessors=[],
+        output_features={"targets": seqio.Feature(as_seqio(load_vocabulary("bytes")), add_eos=False)},
+    )
+    return TaskExamples(names[-1], shuffle=False)
+
+  yield register
+  for name in names:
+    seqio.TaskRegistry.remove(name)
+
+
+def test_a_bad_example_of_a_task_is_left_out_and_counted(task_of, capsys):
+  def features(i):
+    with tf.control_dependencies([tf.debugging.assert_none_equal(i, tf.constant(5, tf.int64))]):
+      i = tf.identity(i)
+    targets = tf.where(i % 10 == 8, tf.stack([259]), tf.cast(i, tf.int32)[None])
+    return {"targets": targets[: tf.where(i % 10 == 7, 0, 1)]}
+
+  good = [i for i in range(40) if i != 5 and i % 10 not in (7, 8)]
+  source = task_of(features)
+  read = [source.example(0, i, 0)[0].tolist() for i in range(2 * len(good))]
+  assert read == [[i] for i in good * 2] and source.skipped == 18
+  assert source.example(0, 40, 0)[0].tolist() == read[40]  # as a restart does
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 1 and "1 examples are left out; the last: " in said[0]
+
+
+def test_a_task_whose_examples_are_all_bad_is_refused(task_of):
+  for features, message in (
+      (lambda i: {"targets": tf.zeros([0], tf.int32)}, "1000 examples one after another cannot be used: its"),
+      (lambda i: {"targets": tf.fill([2], 300)}, "ids from 300 to 300, and the vocabulary 259"),
+  ):
+    with pytest.raises(UserError, match=message):
+      task_of(features).example(0, 0, 0)
+
+
+def test_a_text_that_is_no_utf8_does_not_end_a_task(small_tasks, tmp_path, capsys):
+  (tmp_path / "00.txt").write_bytes(b"\xff")
+  source = TaskExamples("long_text", shuffle=False)
+  texts = [source.vocabulary.decode(source.example(0, i, 0)[0].tolist()) for i in range(46)]
+  assert len(set(texts)) == 23 and texts[0].startswith("file 1 ")
+  assert "00.txt is not UTF-8" in capsys.readouterr().err

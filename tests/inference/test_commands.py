@@ -204,6 +204,10 @@ WRONG = {
     "no UTF-8": (["generate", "--file=broken"], "broken is not UTF-8: byte 0xff at 2;"),
     "no character": (["generate", "--prompt=a\udcff"], "the text is not UTF-8 at character 1"),
     "half a pair": (["generate", "--jsonl=half"], "line 1: the prompt is not UTF-8 at character 1"),
+    "half a pair to stop at": (["generate", "--jsonl=half_stop"], "line 1: the line is not UTF-8 at"),
+    "another encoding": (["score", "--file=utf16"], "utf16 is UTF-16: convert it, as with iconv -f UTF-16"),
+    "a binary file": (["score", "--file=binary"], "binary has a NUL byte at 1"),
+    "deep JSON": (["generate", "--jsonl=deep"], "line 1 is no JSON (maximum recursion depth"),
     "a stop token": (["generate", "--prompt=a", "--stop_token=300"], "stop token 300 is outside"),
     "a turn without a place": (["chat", "--turn=User:"], "--turn='User:' has no {}"),
     "a setting": (["generate", "--prompt=a", "--top_p=2"], "top_p is 2.0"),
@@ -233,6 +237,10 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
   (tmp_path / "name").write_text('{"prompt": "a", "heat": 1}')
   (tmp_path / "value").write_text('{"prompt": "a", "top_k": -1}')
   (tmp_path / "half").write_text('{"prompt": "a\\ud800"}')
+  (tmp_path / "half_stop").write_text('{"prompt": "a", "stop": ["\\ud800"]}')
+  (tmp_path / "utf16").write_bytes("abc".encode("utf-16"))
+  (tmp_path / "binary").write_bytes(b"a\0b")
+  (tmp_path / "deep").write_text('{"prompt": ' + "[" * 100_000)
   (tmp_path / "type").write_text('{"prompt": "a", "top_k": "many"}')
   before = sorted(tmp_path.iterdir())
   arguments, message = WRONG[what]
