@@ -20,7 +20,7 @@ SEARCHED = (pathlib.Path(), _PACKAGE, _PACKAGE.parent)
 
 
 def register() -> None:
-  """Makes gin find and read files as `read_all` does. Its own reader takes a byte order mark for text."""
+  """Makes gin find and read files as `read_all` does; its own reader knows no byte order mark."""
   gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]  # pylint: disable=protected-access
   for place in SEARCHED[1:]:
     gin.add_config_file_search_path(str(place))

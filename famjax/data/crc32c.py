@@ -47,7 +47,7 @@ def _add(crc: int, data: np.ndarray) -> int:
   return total ^ (crc >> 8 * n if n < 4 else 0)
 
 
-# Where in the table the contributions of the last, but one, ... byte of a chunk begin, from its end.
+# Where in the table the contributions of each byte of a chunk begin, by its distance from the end.
 _OFFSETS = np.arange(_CHUNK - 1, -1, -1, dtype=np.int64) * 256
 
 

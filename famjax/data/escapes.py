@@ -1,11 +1,11 @@
-r"""Escapes in fields of TSV files: `\t` is a tab, `\n` a newline, `\\` a backslash. There are no others.
+r"""Escapes in fields of TSV files: `\t` is a tab, `\n` a newline, `\\` a backslash, and no others.
 
 TSV has no rule of its own for what a backslash means, so that the same two characters are an escape
 in one file and the start of `\theta` or of `C:\new` in another. Three conventions:
 
   True: Every `\t`, `\n` and `\\` is an escape.
   False: None is. A field is as it stands in the file.
-  None: Each is, but for words of TeX (`\theta`, `\nabla`, `\times`, `\text`) and for paths of Windows
+  None: Each is, but for words of TeX (`\theta`, `\nabla`, `\times`) and for paths of Windows
     (`C:\new\data`), which stay as they are. Where that cannot be known, as in `C:\new` alone or in
     `\nu` without other TeX around it, the record is refused.
 
@@ -16,17 +16,18 @@ import re
 
 # Words of TeX that begin with n or t. No text would have what follows the first letter as a word.
 _NAMES = """
-  nabla napprox narrower natural ncong nearrow neg negmedspace negthickspace negthinspace neq nequiv newcommand
-  newcommandx newcounter newenvironment newfont newlength newline newpage newtheorem nexists ngeq ngeqq
-  ngeqslant ngtr nleftarrow nleftrightarrow nleq nleqq nleqslant nless nmid nobreak nobreakspace nocite
-  noindent nolimits nolinebreak nonfrenchspacing nonumber nopagebreak normalfont normalsize not notag
-  notin nparallel nprec npreceq nrightarrow nshortmid nshortparallel nsim nsubset nsubseteq nsubseteqq
-  nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft ntrianglelefteq ntriangleright
-  ntrianglerighteq nvdash nwarrow nLeftarrow nLeftrightarrow nRightarrow nVDash nVdash nvDash
-  tableofcontents tabularnewline tag tanh tau tbinom tensor text[a-z]* tfrac thanks therefore theta
-  thickapprox thicksim thickspace thinspace thispagestyle tikz tilde times tiny title titleformat today
-  top toprule triangle triangledown triangleleft trianglelefteq triangleq triangleright trianglerighteq
-  ttfamily twocolumn twoheadleftarrow twoheadrightarrow typeout
+  nabla napprox narrower natural ncong nearrow neg negmedspace negthickspace negthinspace neq
+  nequiv newcommand newcommandx newcounter newenvironment newfont newlength newline newpage
+  newtheorem nexists ngeq ngeqq ngeqslant ngtr nleftarrow nleftrightarrow nleq nleqq nleqslant
+  nless nmid nobreak nobreakspace nocite noindent nolimits nolinebreak nonfrenchspacing nonumber
+  nopagebreak normalfont normalsize not notag notin nparallel nprec npreceq nrightarrow nshortmid
+  nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq
+  ntriangleleft ntrianglelefteq ntriangleright ntrianglerighteq nvdash nwarrow nLeftarrow
+  nLeftrightarrow nRightarrow nVDash nVdash nvDash tableofcontents tabularnewline tag tanh tau
+  tbinom tensor text[a-z]* tfrac thanks therefore theta thickapprox thicksim thickspace thinspace
+  thispagestyle tikz tilde times tiny title titleformat today top toprule triangle triangledown
+  triangleleft trianglelefteq triangleq triangleright trianglerighteq ttfamily twocolumn
+  twoheadleftarrow twoheadrightarrow typeout
 """
 _TEX = rf"\\(?:{'|'.join(_NAMES.split())})(?![A-Za-z])"
 # Words of TeX that a text may have as well: "\nu = 3" begins a line with "u = 3".
@@ -37,7 +38,8 @@ _SEGMENT = r'[^\\\s/:*?"<>|]'  # characters of a file name on Windows, also with
 _DRIVE = r"(?<!\w)[A-Za-z]:"
 # A path in which at least one name begins with another letter than n and t.
 _PATH = rf"{_DRIVE}(?=(?:\\[nt][a-z]{_SEGMENT}*)*\\(?![nt\\]){_SEGMENT})(?:\\{_SEGMENT}+)+"
-# Names that all begin with n and t; or lines after "C:". A, B and Q name questions and answers, not drives.
+# Names that all begin with n and t; or lines after "C:". A, B and Q name questions and answers,
+# not drives.
 _MAYBE_PATH = rf"(?![ABQabq]){_DRIVE}(?:\\[nt][a-z]{_SEGMENT}*+)++(?!\\)"
 
 

@@ -237,14 +237,16 @@ class TaskExamples:
     raise UserError(f"{name}: {self._MOST_BAD} examples one after another cannot be used: {bad}")
 
   def _joined(self, example: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an example's inputs and targets as one sequence. Raises ValueError if they are wrong."""
+    """Returns inputs and targets as one sequence. Raises ValueError if they are wrong."""
     parts = [np.asarray(example.get(name, ())) for name in ("inputs", "targets")]
     size = self.vocabulary.vocab_size
     for part in parts:
       if part.ndim != 1 or (part.size and part.dtype.kind not in "iu"):
-        raise ValueError(f"it has an array {part.dtype}{list(part.shape)}, and ids are a row of integers")
+        what = f"{part.dtype}{list(part.shape)}"
+        raise ValueError(f"it has an array {what}, and ids are a row of integers")
       if part.size and not 0 <= part.min() <= part.max() < size:
-        raise ValueError(f"it has ids from {part.min()} to {part.max()}, and the vocabulary {size:,}")
+        ids = f"{part.min()} to {part.max()}"
+        raise ValueError(f"it has ids from {ids}, and the vocabulary {size:,}")
     if not parts[1].size:
       raise ValueError("its targets have no tokens")
     return join([*begin_ids(self.vocabulary), *parts[0].tolist()], parts[1])

@@ -142,7 +142,7 @@ class LongText:
     self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
   def example(self, seed: int, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Source`. In place of a file that has changed to no text, or has gone, comes the next one."""
+    """See `Source`. In place of a file that has gone, or is no text now, comes the next one."""
     del step  # The files are the same throughout.
     size = len(self.files)
     tokens = self._readable_tokens(shuffled(seed, index, size) if self._shuffle else index % size)
@@ -164,7 +164,8 @@ class LongText:
       except (UserError, OSError) as error:
         self._lost += 1
         if self._lost <= 5:  # whoever looks at the log knows by then
-          print(f"famjax: note: left out, the next one is read: {error}", file=sys.stderr, flush=True)
+          note = f"famjax: note: left out, the next one is read: {error}"
+          print(note, file=sys.stderr, flush=True)
     raise UserError(f"{self.files[0].parent}: no file can be read any more: put the files back")
 
   def _tokens(self, number: int) -> np.ndarray:

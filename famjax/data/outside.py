@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has and its model lacks: refuses texts that hold one before training begins.
+"""Refuses, before training begins, texts with tokens that a tokenizer has and its model lacks.
 
 A vocabulary may have an attribute `outside`, a dict of the content of such tokens to their ids. Its
 `encode` raises UserError for a text that holds one. Most vocabularies have none, and looking for
@@ -13,7 +13,8 @@ from famjax.errors import UserError
 
 _SYMBOL = re.compile(r"[<\[{|].*[>\]}|]", re.S)  # as "<tool>", "[PAD]"; pieces of words are not
 _MANY = 64
-_SPACES = str.maketrans("\u2581\u0120\u010a\u0109", "  \n\t")  # as SentencePiece and byte-level BPE write
+# As SentencePiece and byte-level BPE write spaces, newlines and tabs.
+_SPACES = str.maketrans("\u2581\u0120\u010a\u0109", "  \n\t")
 
 
 def check_inside(vocabulary: Vocabulary, text: str, where: str) -> None:

@@ -1,7 +1,7 @@
 """Pairs of text from files: JSON lines, TSV and TFRecord, through templates.
 
-All files are looked through when a source is made, and each record is tried with each template. After
-that no record can end a run: it was refused before, or left out.
+All files are looked through when a source is made, and each record is tried with each template.
+After that no record can end a run: it was refused before, or left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class PairFiles:
 
     .jsonl            An object on each line. Its fields are its strings and numbers (as they are
                       written), and true and false; not null, NaN, lists or objects.
-    .tsv              Tabs between fields. `\t` is a tab, `\n` a newline and `\\` a backslash, but not
+    .tsv              Tabs between fields. `\t` is a tab, `\n` a newline, `\\` a backslash, but not
                       in words of TeX (`\theta`) and paths of Windows: see `famjax.data.escapes`.
                       There is no quoting: `"` stands for itself. The names of the fields are the
                       first line, or `columns`.
@@ -67,8 +67,8 @@ class PairFiles:
         ("Q: {question}\\nA:", " {answer}"); of several one is drawn for every example. A field is a
         plain name, without `.` and `[`.
       columns: names of the fields of a TSV file without such a line.
-      escapes: convention of TSV files. True: every `\t`, `\n` and `\\` is an escape; False: none is;
-        None: see `famjax.data.escapes`.
+      escapes: convention of TSV files. True: every `\t`, `\n` and `\\` is an escape; False: none
+        is; None: see `famjax.data.escapes`.
       skip_bad: leaves out records that would be refused, and says on standard error how many.
       split: "all"; "validation", every 20th record; or "train", the others.
       shuffle: every epoch has an order of its own, by the reader's seed; else that of the files.
@@ -121,7 +121,8 @@ class PairFiles:
       except (UserError, OSError) as error:
         self._lost += 1
         if self._lost <= 5:  # whoever looks at the log knows by then
-          print(f"famjax: note: left out, the next one is read: {error}", file=sys.stderr, flush=True)
+          note = f"famjax: note: left out, the next one is read: {error}"
+          print(note, file=sys.stderr, flush=True)
       else:
         return join_texts(self.vocabulary, *pair)
     raise UserError(f"{self._files[0].path}: no record can be read any more: put the files back")
@@ -134,16 +135,17 @@ class PairFiles:
     sizes = {"all": size, "validation": held_out, "train": size - held_out}
     self._size = sizes[self._split]
     if not self._size:
-      raise UserError(
-          f"{self._files[0].path}: {size} records are too few to hold one in {every} out: split='all'"
-      )
+      few = f"{self._files[0].path}: {size} records are too few to hold one in {every} out"
+      raise UserError(f"{few}: split='all'")
 
   def _number(self, index: int) -> int:
     """Returns the number among all records of one in the split."""
     every = VALIDATION_EVERY
     if self._split == "all":
       return index
-    return index * every + every - 1 if self._split == "validation" else index + index // (every - 1)
+    if self._split == "validation":
+      return index * every + every - 1
+    return index + index // (every - 1)
 
   def _look_through(self, skip_bad: bool) -> int:
     """Tries every template on every record, and returns the number of records that it left out."""
@@ -183,7 +185,9 @@ class PairFiles:
 
 def _check_templates(templates: Sequence[tuple[str, str]]) -> frozenset[str]:
   """Returns the names of the fields in templates. Raises UserError for what is no template."""
-  if not templates or not all(len(t) == 2 and all(isinstance(s, str) for s in t) for t in templates):
+  if not templates or not all(
+      len(t) == 2 and all(isinstance(s, str) for s in t) for t in templates
+  ):
     raise UserError(f'templates {templates!r}: give pairs, as (("{{inputs}}", "{{targets}}"),)')
   names = set()
   for template in templates:

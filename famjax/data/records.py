@@ -87,7 +87,7 @@ class Records:
 
 
 def kind_of(path: pathlib.Path) -> str | None:
-  """Returns the end of a name that says what a file is; ".tfrecord" for "x.tfrecord-00000-of-00008"."""
+  """Returns the kind of a file by its name, such as ".tfrecord" for "x.tfrecord-00000-of-00008"."""
   found = re.fullmatch(r"(\.\w+?)(-\d+-of-\d+)?", path.suffix)
   return found[1] if found and found[1] in KINDS else None
 
@@ -187,7 +187,8 @@ def _parse_json(data: bytes) -> Record:
 def _parse_tsv(data: bytes, columns: Sequence[str], escapes: bool | None) -> Record:
   fields = _utf8(data).rstrip("\r\n").split("\t")
   if len(fields) != len(columns):
-    raise ValueError(f"it has {len(fields)} fields, and there are {len(columns)} columns: {columns}")
+    sizes = f"{len(fields)} fields, and there are {len(columns)} columns"
+    raise ValueError(f"it has {sizes}: {columns}")
   return {name: unescaped(field, escapes) for name, field in zip(columns, fields, strict=True)}
 
 
@@ -227,7 +228,7 @@ def _check_packed(path: pathlib.Path, start: bytes) -> None:
   if start[0] == 0x78 and (start[0] * 256 + start[1]) % 31 == 0:  # the head of zlib's format
     raise UserError(
         f"{path} is compressed (ZLIB): write it anew without compression, or unpack it, as with"
-        ' python -c "import sys, zlib; sys.stdout.buffer.write(zlib.decompress(sys.stdin.buffer.read()))"'
+        " Python's zlib.decompress"
     )
 
 

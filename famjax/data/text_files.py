@@ -34,15 +34,15 @@ def decode(data: bytes, name: str) -> str:
   data = data.removeprefix(codecs.BOM_UTF8)
   if b"\0" in data:
     raise UserError(
-        f"{name} has a NUL byte at {data.index(0):,}: it is no text, or not UTF-8; convert it, as with"
-        " iconv -f UTF-16LE -t UTF-8"
+        f"{name} has a NUL byte at {data.index(0):,}: it is no text, or not UTF-8; convert it, as"
+        " with iconv -f UTF-16LE -t UTF-8"
     )
   try:
     return data.decode("utf-8")
   except UnicodeDecodeError as error:
     raise UserError(
-        f"{name} is not UTF-8: byte {data[error.start]:#04x} at {error.start:,}; convert it, as with"
-        " iconv -f LATIN1 -t UTF-8"
+        f"{name} is not UTF-8: byte {data[error.start]:#04x} at {error.start:,}; convert it, as"
+        " with iconv -f LATIN1 -t UTF-8"
     ) from None
 
 
@@ -74,8 +74,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def check_text(text: str, name: str) -> str:
   """Returns a text, if UTF-8 can write all of it.
 
-  Half of a surrogate pair is no character. JSON can name one (`"\\ud800"`), and a shell passes bytes
-  that are no UTF-8 on as such halves.
+  Half of a surrogate pair is no character. JSON can name one (`"\\ud800"`), and Python has one for
+  every byte of the command line that is no UTF-8.
 
   Raises:
     UserError: The text holds half of a surrogate pair.
