@@ -3,235 +3,68 @@
 #
 #   launch/tpu_train.sh VERB --name=NAME --type=TYPE --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 #
-#   train    the whole round: create or find the slice, sync, set up, run; again when the slice is
-#            preempted or a machine fails, from the last checkpoint, until the run has ended
-#   create   ask for the slice and wait until it is there
-#   sync     copy this tree to every machine (tracked and new files, not ignored ones)
-#   setup    make the environment on every machine
+#   train    everything: creates or finds the slice, syncs, sets up, runs; after a preemption or the
+#            failure of a machine again, from the last checkpoint, until the run has ended
+#   create   requests the slice and waits until it is ACTIVE
+#   sync     copies this tree to every machine (tracked and new files, not ignored ones)
+#   setup    makes the environment on every machine
 #   run      famjax train --distributed ARGUMENTS on every machine, once
-#   status   what the slice and its machines do
-#   logs     follow the first machine's log
-#   stop     end the run; it saves first
-#   delete   give the slice back
-#   local    famjax train ARGUMENTS on the machine that this is
+#   status   prints the state of the slice and of its machines
+#   logs     follows the log of the first machine
+#   stop     ends the run, which saves first; a launcher that is still there starts it again
+#   delete   deletes the slice
+#   local    famjax train ARGUMENTS on this machine
 #
-# ARGUMENTS go to famjax train as they are. They name the run's directory, where every machine can
-# reach it, and the next slice too: --gin.RUN_DIR=gs://BUCKET/RUN.
+# ARGUMENTS go to famjax train unchanged. They name the directory of the run, which every machine and
+# the next slice must reach: --gin.RUN_DIR=gs://BUCKET/RUN.
 #
 #   --name=NAME        of the slice and its logs               (TPU_NAME)
 #   --type=TYPE        v5litepod-32, v5p-64, v6e-32, v4-64     (TPU_TYPE)
-#   --zone=ZONE        us-central1-a, say                      (ZONE)
-#   --project=PROJECT  gcloud's own, if left out               (PROJECT)
-#   --slices=N         so many slices of that type (1)
-#   --spot             cheaper, and taken away at any time
-#   --image=IMAGE      the type's own, if left out
-#   --data=gs://B/DIR  copied into ~/data of every machine before a run: --gin.DATA='../data/*.tsv'
-#   --retries=N        rounds after the first that train may take (10)
-#   --wait=SECONDS     before the first of them; doubles each time, up to 15 minutes (30)
+#   --zone=ZONE        us-central1-a, for example              (ZONE)
+#   --project=PROJECT  default: the project of gcloud          (PROJECT)
+#   --slices=N         number of slices of that type (1)
+#   --spot             cheaper, but Google may take it away at any time
+#   --image=IMAGE      default: the image of the type
+#   --data=gs://B/DIR  copied to ~/data of every machine before a run: --gin.DATA='../data/*.tsv'
+#   --retries=N        rounds after the first one, and looks after a failed one (10)
+#   --wait=SECONDS     before the first retry; doubles each time, up to 15 minutes (30)
 #   --poll=SECONDS     between two looks at a slice (20)
-#   --logs=DIR         logs/NAME/ROUND/SLICE-WORKER.log is kept there (logs)
-#   --internal_ip      reach machines by their inner addresses
-#   --dry_run          say every command, and run none
+#   --timeout=SECONDS  limit for a call of gcloud; create, delete and copies get five times that (120)
+#   --logs=DIR         folder for logs/NAME/ROUND/SLICE-WORKER.log and the slice's id (logs)
+#   --adopt            use, or delete, a slice that was not made from these logs
+#   --internal_ip      connect to the machines by their internal addresses
+#   --dry_run          prints every command and runs none
 #
-# Exit status: that of famjax train; 3 when there are no retries left.
+# Exit status: that of famjax train; 2 also if the slice or the run is somebody else's; 3 if there are
+# no retries left, or the state of the slice stays unknown; 75 if one step failed.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd -- "$root"
 source launch/environment.sh
+source launch/tpu/cloud.sh
+source launch/tpu/machines.sh
 
 name="${TPU_NAME:-}" type="${TPU_TYPE:-}" zone="${ZONE:-}" project="${PROJECT:-}"
-slices=1 spot="" image="" retries=10 wait=30 poll=20 logs=logs internal="" dry=""
-data=""
-round="" # the directory of the present round's logs
+slices=1 spot="" image="" retries=10 wait=30 poll=20 timeout=120 logs=logs internal="" dry=""
+data="" adopt=""
+round=""   # folder for the logs of the present round
+attempt="" # id of the present run
+echoed=1   # the first machine's output is shown too
+locked="" phase="" refusal="" id="" adopted=""
 
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; }
 
-# Says a command, quoted so that it can be copied; runs it unless this is a dry run.
+# Prints a command, and runs it unless this is a dry run.
 do_it() {
-  local line
-  printf -v line ' %q' "$@"
   if [[ -n "$dry" ]]; then
-    printf '+%s\n' "$line"
+    show "$@"
   else
     "$@"
   fi
 }
 
-tpu() { do_it gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"} --quiet; }
-
-nodes() {
-  local i
-  if ((slices == 1)); then
-    printf '%s\n' "$name"
-  else
-    for ((i = 0; i < slices; i++)); do printf '%s-%d\n' "$name" "$i"; done
-  fi
-}
-
-state() {
-  local found
-  [[ -z "$dry" ]] || return 0
-  found="$(tpu queued-resources describe "$name" --format='value(state.state)' 2>/dev/null)" || true
-  printf '%s' "${found:-NONE}"
-}
-
-runtime_image() {
-  case "${image:-$type}" in
-    v5litepod-* | v5e-*) echo v2-alpha-tpuv5-lite ;;
-    v5p-*) echo v2-alpha-tpuv5 ;;
-    v6e-*) echo v2-alpha-tpuv6e ;;
-    v2-[0-9]* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-    *) [[ -n "$image" ]] || fail "--type=$type: no image is known for it; name one: --image=..."
-      echo "$image" ;;
-  esac
-}
-
-create() {
-  local now runtime nodes_flag=(--node-id="$name")
-  runtime="$(runtime_image)" || exit 2
-  if ((slices > 1)); then nodes_flag=(--node-prefix="$name" --node-count="$slices"); fi
-  now="$(state)"
-  case "$now" in
-    FAILED | SUSPENDED | SUSPENDING)
-      say "$name is $now: giving it back before asking anew"
-      delete
-      now=NONE
-      ;;
-  esac
-  if [[ "$now" == NONE || -n "$dry" ]]; then
-    say "asking for $slices x $type ($runtime) in $zone as $name"
-    tpu queued-resources create "$name" "${nodes_flag[@]}" --accelerator-type="$type" \
-      --runtime-version="$runtime" ${spot:+--spot} || return 75
-  fi
-  [[ -z "$dry" ]] || return 0
-  while now="$(state)" && [[ "$now" != ACTIVE ]]; do
-    case "$now" in FAILED | SUSPENDED | NONE) say "$name is $now"; return 75 ;; esac
-    say "$name is $now; looking again in $poll s"
-    sleep "$poll"
-  done
-  say "$name is there"
-}
-
-delete() { tpu queued-resources delete "$name" --force || true; }
-
-# How many machines a node has.
-workers() {
-  local addresses
-  if [[ -n "$dry" ]]; then echo 1; return; fi
-  addresses="$(tpu tpu-vm describe "$1" --format='value(networkEndpoints[].ipAddress)')" || return 75
-  tr ';, ' '\n' <<<"$addresses" | grep -c .
-}
-
-on_worker() { # node, worker, command
-  tpu tpu-vm ssh "$1" --worker="$2" ${internal:+--internal-ip} --command="$3"
-}
-
-# Runs a command on every machine at once, its output in a log for each; the first machine's is shown
-# as well. When one fails, the run is ended on all, so that nobody waits for it for ever.
-# Returns the status that matters most: 2 and 1 of famjax, then any other failure.
-everywhere() { # what it is, command
-  local what="$1" command="$2" i=0 w n log status worst=0 ended file count stopped="" node
-  local -a files=() pids=()
-  while read -r node; do
-    n="$(workers "$node")" || return 75
-    for ((w = 0; w < n; w++)); do
-      log="$round/$i-$w.log"
-      [[ -n "$dry" ]] || printf '# %s\n' "$what" >>"$log"
-      if [[ -n "$dry" ]]; then
-        on_worker "$node" "$([[ "$n" == 1 ]] && echo all || echo "$w")" "$command"
-      else
-        ended="$round/$i-$w.$what" # its status, once it has one
-        rm -f "$ended"
-        (
-          status=0
-          if ((i == 0 && w == 0)); then
-            on_worker "$node" "$w" "$command" 2>&1 </dev/null | tee -a "$log" || status=$?
-          else
-            on_worker "$node" "$w" "$command" >>"$log" 2>&1 </dev/null || status=$?
-          fi
-          printf '%s\n' "$status" >"$ended"
-        ) &
-        files+=("$ended") pids+=("$!")
-      fi
-    done
-    i=$((i + 1))
-  done < <(nodes)
-  [[ -z "$dry" ]] || return 0
-  while :; do
-    count=0 worst=0
-    for file in "${files[@]}"; do
-      [[ -s "$file" ]] || continue
-      count=$((count + 1))
-      status="$(<"$file")"
-      case "$worst:$status" in
-        *:0) ;;
-        2:* | *:2) worst=2 ;;
-        1:* | *:1) worst=1 ;;
-        0:*) worst="$status" ;;
-      esac
-    done
-    ((count < ${#files[@]})) || break
-    if ((worst != 0)) && [[ "$what" == run ]]; then
-      [[ -n "$stopped" ]] ||
-        say "a machine ended with status $worst: ending the run on all; logs are in $round"
-      stopped=1
-      stop_run >/dev/null 2>&1 || true # again and again: one may only just have begun
-    fi
-    if [[ "$what" == run && "$(state)" != ACTIVE ]]; then
-      say "$name is no longer there"
-      kill "${pids[@]}" 2>/dev/null || true
-      wait || true
-      return 75
-    fi
-    sleep "$poll"
-  done
-  wait || true
-  ((worst == 0)) || say "$what: status $worst; logs are in $round"
-  return "$worst"
-}
-
-# A new directory for the logs of a round.
-new_round() {
-  local i=1
-  while [[ -e "$logs/$name/$i" ]]; do i=$((i + 1)); done
-  round="$logs/$name/$i"
-  [[ -n "$dry" ]] || mkdir -p "$round"
-}
-
-sync_tree() {
-  local tar node
-  if [[ -n "$dry" ]]; then tar=famjax.tar.gz; else tar="$(mktemp -d)/famjax.tar.gz"; fi
-  if [[ -n "$dry" ]]; then
-    say "packs the tree into $tar"
-  elif git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
-    git ls-files -z --cached --others --exclude-standard |
-      while IFS= read -r -d '' f; do [[ ! -f "$f" ]] || printf '%s\0' "$f"; done |
-      tar --null --files-from=- -czf "$tar" || return 75
-  else
-    tar --exclude=./.venv --exclude=./runs --exclude=./logs -czf "$tar" . || return 75
-  fi
-  while read -r node; do
-    tpu tpu-vm scp "$tar" "$node:famjax.tar.gz" --worker=all ${internal:+--internal-ip} ||
-      return 75
-  done < <(nodes)
-  everywhere sync 'mkdir -p famjax && tar -xzf famjax.tar.gz -C famjax'
-}
-
-setup() {
-  local copy=""
-  [[ -z "$data" ]] || printf -v copy 'mkdir -p data && gcloud storage rsync --recursive %q data && ' "$data"
-  everywhere setup "${copy}cd famjax && launch/tpu_worker.sh setup"
-}
-stop_run() { everywhere stop 'cd famjax && launch/tpu_worker.sh stop'; }
-
-run() {
-  local quoted
-  printf -v quoted ' %q' "$@"
-  everywhere run "cd famjax && launch/tpu_worker.sh run$quoted"
-}
-
-# The run's directory must outlive the machines: found out before one is paid for.
-check_run_dir() {
+# Checks before anything is paid for that the directory of the run outlives the machines.
+check_run_dir() { # arguments
   local argument dir="" probe
   for argument in "$@"; do
     case "$argument" in --gin.RUN_DIR=*) dir="${argument#--gin.RUN_DIR=}" ;; esac
@@ -240,71 +73,194 @@ check_run_dir() {
   [[ "$dir" == gs://?* ]] ||
     fail "--gin.RUN_DIR=$dir is on a machine that goes away: name one in a bucket, gs://BUCKET/RUN"
   probe="$dir/.can-be-written"
-  if [[ -n "$dry" ]]; then
-    do_it gcloud storage cp - "$probe"
-  elif ! { echo famjax | gcloud storage cp - "$probe" && gcloud storage rm "$probe"; } >/dev/null 2>&1
-  then
+  echo famjax >"$scratch/probe"
+  if ! { ask "$timeout" storage cp "$scratch/probe" "$probe" &&
+    ask "$timeout" storage rm "$probe"; }; then
+    read_problem
     fail "--gin.RUN_DIR=$dir cannot be written: make the bucket (gcloud storage buckets create), or" \
-      "sign in (gcloud auth login)"
+      "sign in (gcloud auth login). The message of gcloud: $problem"
   fi
 }
 
-# Likewise the data.
+# Checks that --data can be read.
 check_data() {
   [[ -n "$data" ]] || return 0
   [[ "$data" == gs://?* ]] || fail "--data=$data is not in a bucket: name gs://BUCKET/DIRECTORY"
-  if [[ -n "$dry" ]]; then
-    do_it gcloud storage ls "$data"
-  elif ! gcloud storage ls "$data" >/dev/null 2>&1; then
-    fail "--data=$data cannot be read: is it there, and are you signed in (gcloud auth login)?"
+  if ! ask "$timeout" storage ls "$data"; then
+    read_problem
+    fail "--data=$data cannot be read: is it there, and are you signed in (gcloud auth login)?" \
+      "The message of gcloud: $problem"
   fi
 }
 
-one_round() {
-  # 1 and 2 mean something of famjax train alone: whatever fails before it may go better later.
-  if ! { create && sync_tree && setup; }; then return 75; fi
+# Takes the lock, unless this is a dry run.
+begin_work() { # what is done
+  if [[ -n "$dry" ]]; then read_identity; else take_lock "$*"; fi
+}
+
+# Ends the script unless the slice is ACTIVE and owned; lists its machines.
+reach_slice() {
+  look_until_known || exit 3
+  if [[ -z "$dry" ]]; then
+    [[ "$state" != NONE ]] || fail "there is no slice $name in $zone; 'create' or 'train' makes one"
+    claim
+    [[ "$state" == ACTIVE ]] || fail "$name is $state; its machines can be used when it is ACTIVE"
+  fi
+  list_machines || exit
+}
+
+# Ends the script if a run is alive on the machines: new files would break it.
+expect_idle() {
+  find_run "a run of nobody" || refuse_or "$?"
+}
+
+# Ends the script with the message of a refusal (76), or with status $1.
+refuse_or() {
+  (($1 != 76)) || fail "$refusal"
+  exit "$1"
+}
+
+# Creates or finds the slice, prepares its machines and runs. 1 and 2 have a meaning only if they come
+# from famjax train: all that fails before it returns 75, and may go better later.
+one_round() { # arguments
+  phase="while $name was being made or looked at"
+  create || return
+  list_machines || return
+  attempt=""
+  if [[ -z "$fresh" ]]; then find_run "$@" || return; fi
+  if [[ -z "$attempt" ]]; then
+    phase="while the machines were being set up"
+    if ! { sync_tree && setup; }; then return 75; fi
+  fi
   run "$@"
 }
 
-train() {
-  local attempt status pause="$wait"
+# Returns whether a round that ended with 70, an error of the program, may go better next time. The
+# same error twice does not, and three in a row do not either.
+may_go_better() {
+  local traceback
+  traceback="$(last_traceback)"
+  errors=$((errors + 1))
+  if [[ -n "$traceback" && "$traceback" == "$last_error" ]]; then
+    say "the program failed twice with the same error: not tried again; the traceback is in $round"
+    return 1
+  fi
+  last_error="$traceback"
+  ((errors < 3)) || { say "the program failed three times in a row: not tried again"; return 1; }
+}
+
+# Runs rounds until one ends well, or until another one would not help.
+train() { # arguments
+  local tries status delay="$wait" errors=0 last_error=""
   check_run_dir "$@"
   check_data
-  for ((attempt = 0; ; attempt++)); do
+  for ((tries = 0; ; tries++)); do
     new_round
     status=0
     one_round "$@" || status=$?
     case "$status" in
       0) say "done"; return 0 ;;
       1) say "the loss diverged: not tried again"; return 1 ;;
-      2) say "bad input: not tried again; $round says which"; return 2 ;;
+      2) say "bad input: not tried again; the message is in $round"; return 2 ;;
+      70) may_go_better || return 70 ;;
+      76) fail "$refusal" ;;
+      77) say "nothing was created or deleted since: end"; return 3 ;;
     esac
-    if ((attempt >= retries)); then
-      say "no retries left after $((attempt + 1)) rounds; $name is still there if you pay for it:" \
-        "launch/tpu_train.sh delete --name=$name --zone=$zone"
+    [[ "$status" == 70 ]] || { errors=0 last_error=""; }
+    if ((tries >= retries)); then
+      say "no retries left after $((tries + 1)) rounds; $name is still there if you pay for it:" \
+        "launch/tpu_train.sh delete$options"
       return 3
     fi
-    if [[ "$(state)" != ACTIVE ]]; then delete; fi
-    say "status $status: once more in $pause s (retry $((attempt + 1)) of $retries)"
-    sleep "$pause"
-    pause="$(awk -v p="$pause" 'BEGIN { p *= 2; if (p > 900) p = 900; print p }')"
+    say "status $status: once more in $delay s (retry $((tries + 1)) of $retries)"
+    phase="while waiting for the next round"
+    pause_for "$delay"
+    delay="$(longer "$delay")"
   done
 }
 
-status() {
-  say "$name: $(state)"
+# Runs once on a slice that has been synced and set up.
+run_once() { # arguments
+  check_run_dir "$@"
   new_round
-  everywhere status 'cd famjax && launch/tpu_worker.sh alive' || true
-  [[ -n "$dry" ]] || tail -n 1 "$round"/*.log
+  reach_slice
+  find_run "$@" || refuse_or "$?"
+  run "$@" || refuse_or "$?"
 }
 
+# Prints the state of the slice and of every machine. Changes nothing, and leaves no logs.
+status() {
+  local machine line what run since who dir retries=0
+  read_identity
+  look
+  say "$name: $state${problem:+ ($problem)}${owner:+, made by $owner}"
+  [[ "$state" == ACTIVE || -n "$dry" ]] || return 0
+  list_machines || return
+  round="$scratch"
+  echoed="" everywhere alive "$timeout" "$(worker_if_there alive)" || true
+  [[ -z "$dry" ]] || return 0
+  for machine in "${machines[@]}"; do
+    line="$(grep -a '^\[worker\] \(running\|idle\)' "$round/${machine##* }.log" | tail -n 1 || true)"
+    IFS=$'\x1f' read -r what _ run _ since who dir <<<"$line" || true
+    what="${what#\[worker\] }"
+    [[ -z "$dir" ]] || what+=" $dir since $since, started by $who, attempt $run"
+    say "machine ${machine##* }: ${what:-not reached: $(tail -n 1 "$round/${machine##* }.log")}"
+  done
+}
+
+# Follows the newest log of the first machine.
 follow() {
-  local newest i=1
-  while [[ -d "$logs/$name/$i" ]]; do i=$((i + 1)); done
-  newest="$logs/$name/$((i - 1))/0-0.log"
+  local newest
+  newest="$(find "$logs/$name" -mindepth 2 -maxdepth 2 -name 0-0.log 2>/dev/null |
+    awk -F/ '{ print $(NF - 1), $0 }' | sort -n | tail -n 1 | cut -d ' ' -f 2- || true)"
   [[ -f "$newest" ]] || fail "there are no logs of $name in $logs"
   do_it tail -n 100 -F "$newest"
 }
+
+# Ends the run on all machines.
+stop() {
+  read_identity
+  reach_slice
+  round="$scratch"
+  stop_run || refuse_stop "$?"
+}
+
+# Says why `stop` did not work.
+refuse_stop() { # status
+  (($1 != 76)) || fail "$name runs something of another launcher, left alone: --adopt ends it." \
+    "$(grep -ah '^\[worker\] refused' "$round"/*.log | tail -n 1 || true)"
+  fail "the run could not be ended on all machines: $(tail -qn 3 "$round"/*.log | tr '\n' ' ')"
+}
+
+# Deletes the slice if it is owned.
+delete_slice() {
+  begin_work delete
+  look_until_known || exit 3
+  if [[ -z "$dry" ]]; then
+    if [[ "$state" == NONE ]]; then
+      say "there is no slice $name in $zone"
+      return 0
+    fi
+    claim
+  fi
+  delete
+}
+
+# Ends the launcher on a signal. The machines notice nothing of it.
+interrupted() { # status
+  local running
+  trap '' INT TERM HUP
+  running="$(jobs -p)"
+  # shellcheck disable=SC2086  # one word for each process
+  [[ -z "$running" ]] || kill $running 2>/dev/null || true
+  say "interrupted ${phase:-before anything was changed}; $name, and a run on it, go on." \
+    "To take it up again: the same command. To end the run: launch/tpu_train.sh stop$options." \
+    "To stop paying: launch/tpu_train.sh delete$options"
+  exit "$1"
+}
+
+# A message is no reason to end when its reader has gone away.
+say() { printf '[famjax %4ds] %s\n' "$SECONDS" "$*" 2>/dev/null || true; }
 
 verb="${1:-}"
 [[ $# -eq 0 ]] || shift
@@ -322,7 +278,9 @@ while [[ $# -gt 0 ]]; do
     --retries=*) retries="${1#*=}" ;;
     --wait=*) wait="${1#*=}" ;;
     --poll=*) poll="${1#*=}" ;;
+    --timeout=*) timeout="${1#*=}" ;;
     --logs=*) logs="${1#*=}" ;;
+    --adopt) adopt=1 ;;
     --internal_ip) internal=1 ;;
     --dry_run) dry=1 ;;
     -h | --help) usage; exit 0 ;;
@@ -331,36 +289,68 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 
-for number in "$slices" "$retries"; do
-  [[ "$number" =~ ^[0-9]+$ ]] || fail "'$number' is not a number of slices or retries"
+for number in slices retries timeout; do
+  [[ "${!number}" =~ ^[0-9]{1,6}$ ]] || fail "--$number: '${!number}' is not a number"
+done
+for number in wait poll; do
+  [[ "${!number}" =~ ^[0-9]{1,6}(\.[0-9]+)?$ ]] || fail "--$number: '${!number}' is not a number"
 done
 ((slices > 0)) || fail "--slices=0: use at least 1"
+((timeout > 0)) || fail "--timeout=0: use at least 1"
 case "$verb" in
   create | sync | setup | run | train | status | logs | stop | delete)
     [[ -n "$name" ]] || fail "$verb needs --name=NAME, or TPU_NAME"
     [[ "$verb" == logs || -n "$zone" ]] || fail "$verb needs --zone=ZONE, or ZONE"
+    # Names become parts of file names and of patterns.
+    [[ "$name" =~ ^[a-z0-9A-Z][a-z0-9A-Z-]*$ ]] || fail "--name=$name: use letters, digits and -"
+    [[ "$zone" =~ ^[a-z0-9-]*$ ]] || fail "--zone=$zone is not a zone, such as us-central1-a"
+    [[ "$project" =~ ^[a-zA-Z0-9.:-]*$ ]] || fail "--project=$project is not the id of a project"
     ;;
 esac
 case "$verb" in
-  create | train) [[ -n "$type" ]] || fail "$verb needs --type=v5litepod-32, say, or TPU_TYPE" ;;
+  create | train)
+    [[ -n "$type" ]] || fail "$verb needs --type=TYPE (v5litepod-32, for example), or TPU_TYPE"
+    runtime="$(runtime_image)" || exit
+    ;;
 esac
-trap 'say "interrupted: $name may still run. launch/tpu_train.sh stop (or delete) --name=$name" \
-  "--zone=$zone"; exit 130' INT
+
+scratch="$(mktemp -d)"
+trap 'rm -rf -- "$scratch"' EXIT
+me="$(printf '%s_on_%s' "$(id -un)" "${HOSTNAME%%.*}" | tr 'A-Z.' 'a-z_' | tr -cd 'a-z0-9_-')"
+me="${me:0:63}"
+case "$verb" in
+  create | train | sync | setup | run | stop | delete | status)
+    trap 'interrupted 130' INT
+    trap 'interrupted 143' TERM
+    trap 'interrupted 129' HUP
+    trap '' PIPE # a run outlives the pipe that its log goes through
+    # Found out once: `gcloud config set project` elsewhere must not turn this launcher to another
+    # project, where the slice would be missing.
+    if [[ -z "$project" && -z "$dry" ]]; then
+      ! ask "$timeout" config get-value project || project="${reply//[!a-zA-Z0-9.:-]/}"
+    fi
+    ;;
+esac
+identity_file="$logs/$name/slice.${project:-default}.$zone.id"
+lock_file="$logs/$name/slice.${project:-default}.$zone.lock"
+printf -v options ' --name=%q --zone=%q' "$name" "$zone"
+[[ -z "$project" ]] || printf -v options '%s --project=%q' "$options" "$project"
+[[ "$logs" == logs ]] || printf -v options '%s --logs=%q' "$options" "$logs"
 
 case "$verb" in
-  create) create ;;
-  sync) new_round; sync_tree ;;
-  setup) check_data; new_round; setup ;;
-  run) check_run_dir "$@"; new_round; run "$@" ;;
-  train) train "$@" ;;
+  create) begin_work create; create || exit 75 ;;
+  sync) begin_work sync; new_round; reach_slice; expect_idle; sync_tree || exit 75 ;;
+  setup) check_data; begin_work setup; new_round; reach_slice; expect_idle; setup || exit 75 ;;
+  run) begin_work "run $*"; run_once "$@" ;;
+  train) begin_work "train $*"; train "$@" ;;
   status) status ;;
   logs) follow ;;
-  stop) new_round; stop_run ;;
-  delete) delete ;;
+  stop) stop ;;
+  delete) delete_slice ;;
   local)
     [[ -n "$dry" ]] || famjax_environment tpu
     do_it famjax train "$@"
     ;;
   -h | --help | help | "") usage ;;
-  *) fail "unknown verb '$verb': train, create, sync, setup, run, status, logs, stop, delete, local" ;;
+  *) fail "unknown verb '$verb'; use train, create, sync, setup, run, status, logs, stop, delete or local" ;;
 esac
