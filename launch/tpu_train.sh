@@ -3,8 +3,8 @@
 #
 #   launch/tpu_train.sh VERB --name=NAME --type=TYPE --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 #
-#   train    everything: creates or finds the slice, syncs, sets up, runs; after a preemption or the
-#            failure of a machine again, from the last checkpoint, until the run has ended
+#   train    everything: creates or finds the slice, syncs, sets up and runs; does so again after a
+#            preemption or the failure of a machine, from the last checkpoint, until the run ends
 #   create   requests the slice and waits until it is ACTIVE
 #   sync     copies this tree to every machine (tracked and new files, not ignored ones)
 #   setup    makes the environment on every machine
@@ -15,8 +15,8 @@
 #   delete   deletes the slice
 #   local    famjax train ARGUMENTS on this machine
 #
-# ARGUMENTS go to famjax train unchanged. They name the directory of the run, which every machine and
-# the next slice must reach: --gin.RUN_DIR=gs://BUCKET/RUN.
+# ARGUMENTS go to famjax train unchanged. They name the directory of the run, which every machine,
+# and the next slice, must reach: --gin.RUN_DIR=gs://BUCKET/RUN.
 #
 #   --name=NAME        of the slice and its logs               (TPU_NAME)
 #   --type=TYPE        v5litepod-32, v5p-64, v6e-32, v4-64     (TPU_TYPE)
@@ -29,14 +29,14 @@
 #   --retries=N        rounds after the first one, and looks after a failed one (10)
 #   --wait=SECONDS     before the first retry; doubles each time, up to 15 minutes (30)
 #   --poll=SECONDS     between two looks at a slice (20)
-#   --timeout=SECONDS  limit for a call of gcloud; create, delete and copies get five times that (120)
+#   --timeout=SECONDS  limit for a call of gcloud; five times that for create, delete, scp (120)
 #   --logs=DIR         folder for logs/NAME/ROUND/SLICE-WORKER.log and the slice's id (logs)
 #   --adopt            use, or delete, a slice that was not made from these logs
 #   --internal_ip      connect to the machines by their internal addresses
 #   --dry_run          prints every command and runs none
 #
-# Exit status: that of famjax train; 2 also if the slice or the run is somebody else's; 3 if there are
-# no retries left, or the state of the slice stays unknown; 75 if one step failed.
+# Exit status: that of famjax train; 2 also if the slice or the run belongs to somebody else; 3 if
+# no retries are left, or if the state of the slice stays unknown; 75 if a step failed.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd -- "$root"
@@ -77,8 +77,8 @@ check_run_dir() { # arguments
   if ! { ask "$timeout" storage cp "$scratch/probe" "$probe" &&
     ask "$timeout" storage rm "$probe"; }; then
     read_problem
-    fail "--gin.RUN_DIR=$dir cannot be written: make the bucket (gcloud storage buckets create), or" \
-      "sign in (gcloud auth login). The message of gcloud: $problem"
+    fail "--gin.RUN_DIR=$dir cannot be written: make the bucket (gcloud storage buckets create)," \
+      "or sign in (gcloud auth login). The message of gcloud: $problem"
   fi
 }
 
@@ -100,34 +100,34 @@ begin_work() { # what is done
 
 # Ends the script unless the slice is ACTIVE and owned; lists its machines.
 reach_slice() {
-  look_until_known || exit 3
+  look_until_known || leave "$?"
   if [[ -z "$dry" ]]; then
     [[ "$state" != NONE ]] || fail "there is no slice $name in $zone; 'create' or 'train' makes one"
     claim
     [[ "$state" == ACTIVE ]] || fail "$name is $state; its machines can be used when it is ACTIVE"
   fi
-  list_machines || exit
+  list_machines || leave "$?"
 }
 
 # Ends the script if a run is alive on the machines: new files would break it.
 expect_idle() {
-  find_run "a run of nobody" || refuse_or "$?"
+  find_run "a run of nobody" || leave "$?"
 }
 
-# Ends the script with the message of a refusal (76), or with status $1.
-refuse_or() {
+# Ends the script with status $1, which is that of a step: 76 is a refusal, 77 an unknown state.
+leave() {
   (($1 != 76)) || fail "$refusal"
+  (($1 != 77)) || exit 3
   exit "$1"
 }
 
-# Creates or finds the slice, prepares its machines and runs. 1 and 2 have a meaning only if they come
-# from famjax train: all that fails before it returns 75, and may go better later.
+# Creates or finds the slice, prepares its machines and runs. 1 and 2 have a meaning only if they
+# come from famjax train: all that fails before it returns 75, and may go better later.
 one_round() { # arguments
   phase="while $name was being made or looked at"
   create || return
   list_machines || return
-  attempt=""
-  if [[ -z "$fresh" ]]; then find_run "$@" || return; fi
+  find_run "$@" || return
   if [[ -z "$attempt" ]]; then
     phase="while the machines were being set up"
     if ! { sync_tree && setup; }; then return 75; fi
@@ -135,8 +135,8 @@ one_round() { # arguments
   run "$@"
 }
 
-# Returns whether a round that ended with 70, an error of the program, may go better next time. The
-# same error twice does not, and three in a row do not either.
+# Succeeds if a round that ended with 70, an error of the program, may go better next time. The same
+# error twice in a row will not, nor will three errors in a row.
 may_go_better() {
   local traceback
   traceback="$(last_traceback)"
@@ -164,7 +164,7 @@ train() { # arguments
       2) say "bad input: not tried again; the message is in $round"; return 2 ;;
       70) may_go_better || return 70 ;;
       76) fail "$refusal" ;;
-      77) say "nothing was created or deleted since: end"; return 3 ;;
+      77) say "giving up: while the state is unknown, nothing is created or deleted"; return 3 ;;
     esac
     [[ "$status" == 70 ]] || { errors=0 last_error=""; }
     if ((tries >= retries)); then
@@ -184,8 +184,8 @@ run_once() { # arguments
   check_run_dir "$@"
   new_round
   reach_slice
-  find_run "$@" || refuse_or "$?"
-  run "$@" || refuse_or "$?"
+  find_run "$@" || leave "$?"
+  run "$@" || leave "$?"
 }
 
 # Prints the state of the slice and of every machine. Changes nothing, and leaves no logs.
@@ -200,7 +200,7 @@ status() {
   echoed="" everywhere alive "$timeout" "$(worker_if_there alive)" || true
   [[ -z "$dry" ]] || return 0
   for machine in "${machines[@]}"; do
-    line="$(grep -a '^\[worker\] \(running\|idle\)' "$round/${machine##* }.log" | tail -n 1 || true)"
+    line="$(last_answer "$machine")"
     IFS=$'\x1f' read -r what _ run _ since who dir <<<"$line" || true
     what="${what#\[worker\] }"
     [[ -z "$dir" ]] || what+=" $dir since $since, started by $who, attempt $run"
@@ -235,7 +235,7 @@ refuse_stop() { # status
 # Deletes the slice if it is owned.
 delete_slice() {
   begin_work delete
-  look_until_known || exit 3
+  look_until_known || leave "$?"
   if [[ -z "$dry" ]]; then
     if [[ "$state" == NONE ]]; then
       say "there is no slice $name in $zone"
@@ -243,7 +243,7 @@ delete_slice() {
     fi
     claim
   fi
-  delete
+  delete || leave "$?"
 }
 
 # Ends the launcher on a signal. The machines notice nothing of it.
@@ -284,7 +284,9 @@ while [[ $# -gt 0 ]]; do
     --internal_ip) internal=1 ;;
     --dry_run) dry=1 ;;
     -h | --help) usage; exit 0 ;;
-    *) fail "unknown option $1; options of famjax train go after --. See launch/tpu_train.sh --help" ;;
+    *)
+      fail "unknown option $1; options of famjax train go after --. See launch/tpu_train.sh --help"
+      ;;
   esac
   shift
 done
@@ -338,7 +340,7 @@ printf -v options ' --name=%q --zone=%q' "$name" "$zone"
 [[ "$logs" == logs ]] || printf -v options '%s --logs=%q' "$options" "$logs"
 
 case "$verb" in
-  create) begin_work create; create || exit 75 ;;
+  create) begin_work create; create || leave "$?" ;;
   sync) begin_work sync; new_round; reach_slice; expect_idle; sync_tree || exit 75 ;;
   setup) check_data; begin_work setup; new_round; reach_slice; expect_idle; setup || exit 75 ;;
   run) begin_work "run $*"; run_once "$@" ;;
@@ -352,5 +354,8 @@ case "$verb" in
     do_it famjax train "$@"
     ;;
   -h | --help | help | "") usage ;;
-  *) fail "unknown verb '$verb'; use train, create, sync, setup, run, status, logs, stop, delete or local" ;;
+  *)
+    fail "unknown verb '$verb'; use train, create, sync, setup, run, status, logs, stop, delete" \
+      "or local"
+    ;;
 esac

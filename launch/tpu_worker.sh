@@ -10,18 +10,19 @@
 # `run` again, with the same FAMJAX_ATTEMPT, follows it, or gives the status that it ended with:
 # gcloud repeats a command by itself when a connection breaks.
 #
-# FAMJAX_LAUNCHER  id of the launcher; `run` and `stop` refuse to end the run of another one
+# FAMJAX_LAUNCHER  id of the launcher; `stop` refuses to end the run of another one
 # FAMJAX_ATTEMPT   id of the run
 # FAMJAX_WHO       person and machine of the launcher
 # FAMJAX_ADOPT     not empty: take over the run of another launcher
 #
-# Exit status: that of famjax train; 76 if the machine is used by another launcher.
+# Exit status of `run`: that of famjax train; 75 if this script failed, and not famjax; 76 if
+# another run has the machine.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-run_file=run.pid       # process group and its start time; then one line for each field of a run
-status_file=run.status # attempt and status of the last run that ended
+run_file=run.pid             # process group and start time; then the fields of a run, one a line
+status_file=run.status       # attempt and status of the last run that ended
 grace="${FAMJAX_GRACE:-120}" # seconds that a run has to save
 my_launcher="${FAMJAX_LAUNCHER:-}" my_attempt="${FAMJAX_ATTEMPT:-by-hand-$$-$RANDOM}"
 adopt="${FAMJAX_ADOPT:-}"
@@ -35,7 +36,8 @@ started() {
   awk '{ sub(/^.*\) /, ""); if ($1 != "Z") print $20 }' "/proc/$1/stat" 2>/dev/null || true
 }
 
-# Reads the run of this machine: pid, launcher, attempt, sum, since, who, dir. Fails if none is alive.
+# Reads the run of this machine: pid, launcher, attempt, sum, since, who, dir. Fails if none is
+# alive.
 read_run() {
   local when=""
   pid="" launcher="" attempt="" sum="" since="" who="" dir=""
@@ -73,6 +75,7 @@ may_end() { [[ -z "$my_launcher" || "$launcher" == "$my_launcher" || -n "$adopt"
 # Ends the script because the machine is in use.
 refuse() {
   tell "refused: ${dir:-a run} is alive there, started by ${who:-somebody} at ${since:-some time}"
+  known=1
   exit 76
 }
 
@@ -126,7 +129,8 @@ follow() {
     [[ -z "$alive" ]] || sleep "${delays[looks]}"
     ((looks + 1 >= ${#delays[@]})) || looks=$((looks + 1))
   done
-  read_status "$attempt" || ended=137
+  read_status "$attempt" || ended=137 # nothing but SIGKILL leaves no status
+  known=1
   return "$ended"
 }
 
@@ -148,12 +152,11 @@ run() { # arguments
       follow "$(recent)"
       return
     fi
-    if [[ -z "$my_launcher" ]] || ! may_end; then refuse; fi
-    tell "ending the run that began at $since"
-    end_run
+    refuse # a launcher that may end this run does it with `stop`, on all machines
   elif read_status "$my_attempt"; then
     tell "this run has ended"
     tail -n 100 run.log 2>/dev/null || true
+    known=1
     return "$ended"
   fi
   begin "$@"
@@ -188,6 +191,9 @@ shift || true
 case "$verb" in
   setup) famjax_environment tpu ;;
   run)
+    # 1 and 2 have a meaning only if they come from famjax.
+    known=""
+    trap '[[ -n "$known" ]] || exit 75' EXIT
     # The messages of the environment go to standard error; standard output is the run's.
     famjax_environment tpu >&2
     run "$@"

@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Talks to gcloud for launch/tpu_train.sh, which sources this file and sets the options: the state of
-# a slice, whose slice it is, and how it is created and deleted.
+# Talks to gcloud for launch/tpu_train.sh, which sources this file and sets the options: finds out
+# the state and the owner of a slice, creates it and deletes it.
 #
-# Two rules hold everywhere. An error of gcloud says nothing about the slice: only NOT_FOUND for this
-# very slice means that it is missing. And only a slice that carries the id of this logs folder, or
+# Two rules hold everywhere. An error of gcloud says nothing about the slice: only NOT_FOUND for
+# this very slice means that it is missing. And only a slice with the id of this logs folder, or one
 # that --adopt has taken over, is used or deleted.
 
 # Prints a command, quoted for a shell.
@@ -49,7 +49,7 @@ tpu() {
 
 # Sets `problem` to one line about the last call that failed.
 read_problem() {
-  problem="$(grep -a -m 1 '^ERROR' <<<"$complaint" || grep -a . <<<"$complaint" | tail -n 1 || true)"
+  problem="$(grep -am 1 '^ERROR' <<<"$complaint" || grep -a . <<<"$complaint" | tail -n 1 || true)"
   problem="${problem:-gcloud failed and printed nothing}"
   problem="${problem:0:300}"
 }
@@ -57,7 +57,8 @@ read_problem() {
 # Succeeds if the last call failed because $2, of the collection $1, does not exist. The name of the
 # collection matters: a project may have the name of the slice.
 missing() {
-  [[ "$complaint" =~ NOT_FOUND:[[:space:]]+Resource[[:space:]]\'([^\']*/$1/)?$2\'[[:space:]]was[[:space:]]not ]]
+  local pattern="NOT_FOUND: Resource '([^']*/$1/)?$2' was not found"
+  [[ "$complaint" =~ $pattern ]]
 }
 
 # Looks at the slice once. Sets `state` to the word that gcloud prints, to NONE if there is no such
@@ -98,8 +99,8 @@ look_until_known() {
   done
 }
 
-# Reads `id`, which slices of these logs carry, and `adopted`, the creation of a slice that was taken
-# over. Both are empty if there are none yet.
+# Reads `id`, which slices of these logs carry, and `adopted`, the creation of a slice that was
+# taken over. Both are empty if there are none yet.
 read_identity() {
   id="" adopted=""
   [[ ! -r "$identity_file" ]] || { read -r id && read -r adopted; } <"$identity_file" || true
@@ -158,7 +159,7 @@ runtime_image() {
     v6e-*) echo v2-alpha-tpuv6e ;;
     v2-[0-9]* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
     *)
-      [[ -n "$image" ]] || fail "--type=$type: no image is known for it; name one with --image=IMAGE"
+      [[ -n "$image" ]] || fail "--type=$type: no image is known for it; name one: --image=IMAGE"
       echo "$image"
       ;;
   esac
@@ -178,7 +179,7 @@ request() {
     say "the request failed: $refused"
     look_until_known || return
     if [[ "$state" == NONE ]]; then
-      [[ "$refused" != *INVALID_ARGUMENT* ]] || fail "Google refuses this slice: $refused"
+      [[ "$refused" != *INVALID_ARGUMENT* ]] || fail "Google rejected the request: $refused"
       return 75
     fi
     ! owned || say "$name was made all the same"
@@ -194,18 +195,17 @@ request() {
   return 75
 }
 
-# Makes sure that there is an ACTIVE slice, and sets `fresh` if it is a new one. Returns 75 if Google
-# failed to provide it, 77 if its state stays unknown.
+# Makes sure that there is an ACTIVE slice. Returns 75 if Google failed to provide it, 77 if its
+# state stays unknown.
 create() {
   local requested="" last=""
-  fresh=""
   while :; do
     look_until_known || return
     [[ "$state" == NONE ]] || claim
     case "$state" in
       NONE)
         [[ -z "$requested" ]] || { say "$name is gone again"; return 75; }
-        requested=1 fresh=1
+        requested=1
         request || return
         [[ -z "$dry" ]] || return 0
         continue

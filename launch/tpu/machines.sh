@@ -36,7 +36,8 @@ count_machines() {
   done
 }
 
-# Lists the machines of the slice in `machines`: NODE, worker, and the name of the log, SLICE-WORKER.
+# Lists the machines of the slice in `machines`: NODE, worker, and the name of the log,
+# SLICE-WORKER.
 list_machines() {
   local node i=0 w
   machines=()
@@ -119,6 +120,7 @@ reach_again() { # machine, limit, command, token, what it is
   while :; do
     before="$(wc -c <"$log")"
     ! reach "$@" || break
+    kill -0 "$$" 2>/dev/null || return 0 # the launcher was killed; the run goes on without it
     if tail -c "+$((before + 1))" "$log" | grep -aq '^\[worker\] '; then lost=0 delay="$wait"; fi
     lost=$((lost + 1))
     printf '%s\n' "$lost" >"$round/${1##* }.lost"
@@ -161,7 +163,7 @@ show_everywhere() {
   done
 }
 
-# Runs a command on all machines at once and waits for it. Returns the status that matters most.
+# Runs a command on all machines at once and waits. Returns the status that matters most.
 everywhere() { # what it is, limit, command
   local child
   if [[ -n "$dry" ]]; then
@@ -225,19 +227,24 @@ stop_run() {
   everywhere stop $((timeout + ${FAMJAX_GRACE:-120})) "$(worker_if_there stop)"
 }
 
+# Prints what machine $1 has answered to `alive`.
+last_answer() {
+  grep -a '^\[worker\] \(running\|idle\)' "$round/${1##* }.log" | tail -n 1 || true
+}
+
 # Prints a number for the arguments of a run; it is the same only for the same arguments.
 fingerprint() { printf '%s\0' "$@" | cksum | tr ' ' '-'; }
 
 # Finds out what runs on the machines before anything is changed there. Sets `attempt` if the run
-# with these arguments is alive on all of them, so that it can be taken up. Returns 0 then, or if the
-# machines are free; 75 if a machine cannot be reached, 76 if they belong to another run.
+# with these arguments is alive on all of them, so that it can be taken up. Returns 0 then, or if
+# the machines are free; 75 if a machine cannot be reached, 76 if they belong to another run.
 find_run() { # arguments
   local machine line what launcher run sum since who dir alive=0 first="" mixed="" other=""
   attempt=""
   [[ -z "$dry" ]] || return 0
   echoed="" everywhere alive "$timeout" "$(worker_if_there alive)" || return 75
   for machine in "${machines[@]}"; do
-    line="$(grep -a '^\[worker\] \(running\|idle\)' "$round/${machine##* }.log" | tail -n 1 || true)"
+    line="$(last_answer "$machine")"
     IFS=$'\x1f' read -r what launcher run sum since who dir <<<"$line" || true
     [[ "$what" == *running* ]] || continue
     alive=$((alive + 1))
@@ -285,7 +292,9 @@ watch_run() {
       NONE) absent=$((absent + 1)) ;;
       SUSPENDED | FAILED) absent=2 ;;
       ACTIVE) absent=0; owned || absent=2 ;;
-      UNKNOWN) [[ "$gap" != "$poll" ]] || say "the state of $name is unknown: $problem; watching on" ;;
+      UNKNOWN)
+        [[ "$gap" != "$poll" ]] || say "the state of $name is unknown: $problem; watching on"
+        ;;
     esac
     if ((absent >= 2)); then
       say "$name is ${state/NONE/deleted}: this round is over"
@@ -311,7 +320,8 @@ wait_for_status() {
 # Ends the run on every machine, without a word.
 stop_quietly() { echoed="" stop_run >/dev/null 2>&1 || true; }
 
-# Gives a machine the status 255 if it could not be reached for too long, though the slice is ACTIVE.
+# Gives a machine the status 255 if it could not be reached for too long, though the slice is
+# ACTIVE.
 give_up_lost() {
   local k lost
   for k in "${!machines[@]}"; do

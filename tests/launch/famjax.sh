@@ -15,7 +15,8 @@ sed -i 1d "$plan"
 echo "run on $MACHINE: ${what:-ends}"
 case "${what:-}" in
   70)
-    printf '%s\n' 'Traceback (most recent call last):' "  File \"loop.py\", line 7, in ${more:-step}" \
+    printf '%s\n' 'Traceback (most recent call last):' \
+      "  File \"loop.py\", line 7, in ${more:-step}" \
       "    x = 1 / 0" "ZeroDivisionError: at step $RANDOM"
     exit 70
     ;;

@@ -117,7 +117,8 @@ case "$1 $2 ${3:-} ${4:-}" in
   "compute tpus queued-resources "*)
     may_fail "$4"
     [[ "$4" == describe ]] || [[ "$4" == create ]] || [[ -f "$CLOUD/state" ]] ||
-      complain "1 ERROR: NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/$5' was not found"
+      complain "1 ERROR: (gcloud.compute.tpus.queued-resources.$4) NOT_FOUND: Resource \
+'projects/p/locations/z/queuedResources/$5' was not found"
     "$4" "$5"
     [[ -z "$later" ]] || complain "$later"
     ;;

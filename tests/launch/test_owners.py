@@ -88,7 +88,8 @@ def test_ids_are_labels_of_their_own_and_survive(cloud, tmp_path):
   """gcloud takes at most 63 lower-case letters, digits, - and _ as the value of a label."""
   assert cloud("create").returncode == 0
   (call,) = [call for call in cloud.calls if "queued-resources create" in call]
-  labels = re.search(r"--labels=famjax_id=([a-z0-9_-]{1,63}),famjax_owner=([a-z0-9_-]{1,63}) ", call)
+  value = "([a-z0-9_-]{1,63})"
+  labels = re.search(f"--labels=famjax_id={value},famjax_owner={value} ", call)
   assert labels and list(identities(cloud).values()) == [labels[1]]
   assert cloud("train").returncode == 0  # another process, the same logs
   second = cloud("train", f"--logs={tmp_path / 'second'}")  # as a second checkout has
@@ -231,6 +232,15 @@ def test_the_same_attempt_is_never_started_twice(cloud):
   assert late.returncode == 143 and len(cloud.runs) == 1
 
 
+def test_a_failure_of_the_worker_is_none_of_the_run(cloud):
+  """1 would mean that the loss diverged."""
+  for verb in ("create", "sync", "setup"):
+    assert cloud(verb).returncode == 0
+  (cloud.place / "machines/t-0/famjax/run.log").mkdir()
+  done = worker(cloud, "run", RUN, FAMJAX_LAUNCHER="l", FAMJAX_ATTEMPT="a")
+  assert done.returncode == 75 and not cloud.runs
+
+
 def test_a_launcher_that_is_refused_by_a_machine_does_not_try_again(cloud):
   assert cloud("train").returncode == 0
   cloud.write("plan.t-0", "waits\n")
@@ -325,7 +335,8 @@ def test_every_verb_has_a_dry_run(cloud, verb):
 
 
 @pytest.mark.parametrize("option", [
-    "--name=../t", "--name=a b", "--zone=z/y", "--project=p q", "--poll=x", "--wait=", "--timeout=0",
+    "--name=../t", "--name=a b", "--zone=z/y", "--project=p q", "--poll=x", "--wait=",
+    "--timeout=0",
 ])  # fmt: skip
 def test_options_that_are_refused(cloud, option):
   done = subprocess.run(

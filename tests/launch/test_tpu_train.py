@@ -197,6 +197,19 @@ def test_the_command_of_the_document(cloud):
   assert "tpu_worker.sh" in done.stdout and not cloud.calls
 
 
+def test_the_other_commands_of_the_document(cloud):
+  text = (ROOT / "docs" / "tpu.md").read_text()
+  commands = re.findall(r"^ +(launch/tpu_train.sh (?!train)(\w+) .*)$", text, re.M)
+  assert [verb for _, verb in commands] == ["status", "logs", "stop", "delete"]
+  assert cloud("train").returncode == 0
+  for command, verb in commands:
+    done = subprocess.run(
+        ["bash", "-c", f"{command.replace('=fam', '=t')} --dry_run --logs={cloud.logs}"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=cloud.environment,
+    )  # fmt: skip
+    assert done.returncode == 0 and "\n+" in "\n" + done.stdout, (verb, done.stderr)
+
+
 def test_local_is_famjax_train_on_this_machine(cloud):
   done = cloud("local", "--dry_run", run=[RUN, *ODD])
   assert done.returncode == 0 and not cloud.calls
@@ -232,6 +245,7 @@ def test_scripts_are_clean():
   scripts = [*(ROOT / "launch").rglob("*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
   scripts += HERE.glob("*.sh")
   done = subprocess.run(
-      ["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, check=False, cwd=ROOT
-  )
+      ["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, check=False,
+      cwd=ROOT,
+  )  # fmt: skip
   assert done.returncode == 0, done.stdout
