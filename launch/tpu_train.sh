@@ -168,7 +168,7 @@ train() { # arguments
     esac
     [[ "$status" == 70 ]] || { errors=0 last_error=""; }
     if ((tries >= retries)); then
-      say "no retries left after $((tries + 1)) rounds; $name is still there if you pay for it:" \
+      say "no retries left after $((tries + 1)) rounds; $name may still cost money. To delete it:" \
         "launch/tpu_train.sh delete$options"
       return 3
     fi
@@ -227,7 +227,7 @@ stop() {
 
 # Says why `stop` did not work.
 refuse_stop() { # status
-  (($1 != 76)) || fail "$name runs something of another launcher, left alone: --adopt ends it." \
+  (($1 != 76)) || fail "the run on $name belongs to another launcher and goes on; --adopt ends it." \
     "$(grep -ah '^\[worker\] refused' "$round"/*.log | tail -n 1 || true)"
   fail "the run could not be ended on all machines: $(tail -qn 3 "$round"/*.log | tr '\n' ' ')"
 }
@@ -329,7 +329,8 @@ case "$verb" in
     # Found out once: `gcloud config set project` elsewhere must not turn this launcher to another
     # project, where the slice would be missing.
     if [[ -z "$project" && -z "$dry" ]]; then
-      ! ask "$timeout" config get-value project || project="${reply//[!a-zA-Z0-9.:-]/}"
+      ask "$timeout" config get-value project || true
+      [[ ! "$reply" =~ ^[a-zA-Z0-9.:-]+$ ]] || project="$reply"
     fi
     ;;
 esac

@@ -241,6 +241,7 @@ delete() {
     [[ "$state" != NONE ]] || { say "$name is deleted"; return 0; }
     claim # somebody else may have made it anew since
     if [[ "$state" == DELETING ]]; then
+      ((tries)) || say "$name is DELETING; looking again every $poll s"
       pause_for "$poll"
       continue
     fi

@@ -227,9 +227,10 @@ stop_run() {
   everywhere stop $((timeout + ${FAMJAX_GRACE:-120})) "$(worker_if_there stop)"
 }
 
-# Prints what machine $1 has answered to `alive`.
+# Prints what machine $1 has answered to `alive`. An older tree answers with one word.
 last_answer() {
-  grep -a '^\[worker\] \(running\|idle\)' "$round/${1##* }.log" | tail -n 1 || true
+  grep -aE '^(\[worker\] running.*|\[worker\] idle|running|idle)$' "$round/${1##* }.log" |
+    tail -n 1 || true
 }
 
 # Prints a number for the arguments of a run; it is the same only for the same arguments.
@@ -275,7 +276,7 @@ find_run() { # arguments
 # Watches a run until every machine has a status. Returns 75 if the slice is gone; a slice whose
 # state is unknown is not.
 watch_run() {
-  local stopped="" absent=0 gap="$poll" next=0
+  local stopped="" absent=0 gap="$poll"
   while :; do
     tally run
     ((ended < ${#machines[@]})) || return 0

@@ -182,6 +182,14 @@ def test_a_launcher_that_was_adopted_away_from_does_not_end_the_run(cloud, tmp_p
   assert second.poll() is None and len(cloud.runs) == 1
 
 
+def test_a_run_that_an_older_worker_started_is_not_overwritten(cloud):
+  assert cloud("train").returncode == 0
+  (cloud.place / "machines/t-0/famjax/launch/tpu_worker.sh").write_text("echo running\n")
+  done = cloud("train")
+  assert done.returncode == 2 and "belongs to another launcher" in done.stderr, done.stdout
+  assert cloud.count("tpu-vm scp") == 1
+
+
 def test_a_run_on_some_machines_is_ended_before_the_next(cloud):
   cloud.write("plan.t-0", "waits\n")
   cloud.write("plan.t-1", "waits\n")
