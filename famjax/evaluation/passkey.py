@@ -85,7 +85,7 @@ def key_correct(model: Model, num_blocks: int, config: PassKeyEval) -> np.ndarra
       for i in range(config.examples)
   ]
   tokens, weights = (np.stack(x) for x in zip(*documents))  # [examples, num_blocks * N + 1]
-  predicted = _predict(model, tokens[:, :-1], min(config.chunk_blocks, num_blocks) * N)
+  predicted = _predict(model, tokens[:, :-1], config.chunk_blocks * N)
   return ((predicted == tokens[:, 1:]) | (weights[:, 1:] == 0)).all(axis=1)
 
 
