@@ -16,6 +16,9 @@ import numpy as np
 from famjax.errors import UserError
 
 
+_LEAST = 1e-30  # a lower temperature takes the likeliest token, as 0 does
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Settings of one row.
@@ -45,6 +48,10 @@ class Sampling:
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
       if not isinstance(getattr(self, name), numbers.Real):
         raise UserError(f"{name} is {getattr(self, name)!r}: use a number")
+      try:
+        float(getattr(self, name))
+      except OverflowError:
+        raise UserError(f"{name} is larger than any float: use a smaller number") from None
     for name, fine, wanted in (
         ("temperature", 0 <= self.temperature < np.inf, "0 for the likeliest token, or more"),
         ("top_k", 0 <= self.top_k < 2**31, "0 for all tokens, or more"),
@@ -70,10 +77,22 @@ class Samplers:
 
 
 def stack(rows: list[Sampling]) -> Samplers:
-  """The settings of several rows, side by side."""
+  """Returns the settings of several rows, side by side.
+
+  A temperature below 1e-30 becomes 0. Other numbers but 0 are put between 1e-30 and 1e30: they and
+  their reciprocals are then ordinary numbers of float32, so that nothing becomes NaN.
+  """
   dtypes = {"top_k": np.int32, "seed": np.uint32}
-  column = lambda name: np.array([getattr(row, name) for row in rows], dtypes.get(name, np.float32))
-  return Samplers(**{field.name: column(field.name) for field in dataclasses.fields(Sampling)})
+  columns = {}
+  for field in dataclasses.fields(Sampling):
+    values = np.array([getattr(row, field.name) for row in rows])
+    if field.name == "temperature":
+      values = np.where(values < _LEAST, 0, values)
+    if field.name not in dtypes:
+      values = np.asarray(values, np.float64)
+      values = np.where(values == 0, 0, np.clip(values, _LEAST, 1 / _LEAST))
+    columns[field.name] = values.astype(dtypes.get(field.name, np.float32))
+  return Samplers(**columns)
 
 
 def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, position: jax.Array) -> jax.Array:
@@ -96,7 +115,9 @@ def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, position: jax.A
 
   def draw():
     heat = jnp.where(samplers.temperature > 0, samplers.temperature, 1)[:, None]
-    left = truncated(logits / heat, samplers)
+    # The likeliest have 0, so that no quotient is infinite but for those that are never drawn.
+    best = logits.max(-1, keepdims=True)
+    left = truncated(jnp.where(logits == best, 0, logits - best) / heat, samplers)
     key = lambda seed, place: jax.random.fold_in(jax.random.key(seed), place)
     drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(samplers.seed, position), left)
     return jnp.where(samplers.temperature > 0, drawn.astype(jnp.int32), greedy)
@@ -121,6 +142,7 @@ def truncated(logits: jax.Array, samplers: Samplers) -> jax.Array:
     before = jnp.cumsum(probability, axis=-1) - probability  # of all likelier tokens
     top_p = samplers.top_p[:, None]
     stays = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)  # sums are not exact near 1
+    stays = stays.at[:, 0].set(True)
     return jnp.where(stays, ranked, jnp.inf).min(-1, keepdims=True)
 
   some = jnp.any((samplers.top_k > 0) | (samplers.top_p < 1))

@@ -120,3 +120,49 @@ def test_seeds_and_places_give_draws_of_their_own():
 def test_settings_that_make_no_sense(change, message):
   with pytest.raises(UserError, match=message):
     Sampling(**change).validate()
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1.2e-38, 1e-300, 5e-324, 1e-31])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+  """Also of equal ones the first, as 0 does."""
+  logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * [[1], [1e-6], [0], [1e4]]
+  cold, zero = (
+      sampling.stack([Sampling(temperature=t, seed=i, top_p=p) for i, p in enumerate((1, 0.9, 0.1, 1))])
+      for t in (temperature, 0.0)
+  )
+  args = jnp.asarray(logits, jnp.float32), jnp.zeros((4, 50), bool)
+  np.testing.assert_array_equal(
+      sampling.pick(*args, cold, jnp.arange(4)), sampling.pick(*args, zero, jnp.arange(4))
+  )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_p=1e-45), dict(top_p=1e-300), dict(min_p=1e-300), dict(min_p=1), dict(top_k=2**31 - 1),
+        dict(repetition_penalty=1e-300), dict(repetition_penalty=1e300), dict(repetition_penalty=1e-40),
+        dict(temperature=1e300), dict(temperature=1e-20), dict(temperature=3e38, top_p=1e-30),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["usual", "equal", "mostly -inf", "huge", "tiny"])
+def test_extreme_settings_pick_a_token_that_is_possible(settings, kind):
+  draw = np.random.default_rng(1).normal(size=(8, 30)).astype(np.float32)
+  logits = {
+      "usual": draw, "equal": np.zeros_like(draw), "huge": draw * 1e38, "tiny": draw * 1e-38,
+      "mostly -inf": np.where(np.arange(30) % 10 == 3, draw, -np.inf).astype(np.float32),
+  }[kind]  # fmt: skip
+  seen = np.arange(30)[None] % 2 == np.arange(8)[:, None] % 2
+  samplers = sampling.stack(
+      [Sampling(**{"temperature": 1.0, "seed": i} | settings) for i in range(8)]
+  )
+  picked = np.asarray(sampling.pick(jnp.asarray(logits), jnp.asarray(seen), samplers, jnp.arange(8)))
+  assert ((0 <= picked) & (picked < 30)).all()
+  assert np.isfinite(logits[np.arange(8), picked]).all()
+  if settings in (dict(top_p=1e-45), dict(top_p=1e-300)) and kind not in ("equal", "tiny"):
+    assert (picked == logits.argmax(-1)).all()
+
+
+def test_numbers_beyond_a_computers_are_one_line():
+  for settings in (dict(temperature=10**400), dict(repetition_penalty=10**400)):
+    with pytest.raises(UserError, match="larger than any float: use a smaller number"):
+      Sampling(**settings).validate()
