@@ -144,7 +144,7 @@ def test_tokenizers_that_cannot_be_used(what, tmp_path):
     message = "no eos_token_id is named; add it to config.json"
   else:
     (tmp_path / "tokenizer.json").write_text("{")
-    message = "its tokenizer.json cannot be read"
+    message = "tokenizer.json cannot be read"
   with pytest.raises(UserError, match=message):
     load_vocabulary(str(tmp_path))
 

@@ -1,21 +1,24 @@
 """Chat templates of Hugging Face directories: from messages to the text that a model reads.
 
 A template is a Jinja program that comes with a model. It is rendered as transformers does it, in
-Jinja's sandbox. What it gives holds special tokens as text, the one that begins a text among them.
+Jinja's sandbox, and in a process of its own with limits of time and memory (`templates`). The text
+holds special tokens by their names, the one that begins a text among them.
 """
 
 from collections.abc import Sequence
-import datetime
-import functools
-import json
 import pathlib
 from typing import Any
 
+from famjax.data import templates
+from famjax.data.tokenizer_files import optional, SpecialTokens, TokenizerConfig
+from famjax.data.text_files import check_text
 from famjax.errors import UserError
+from famjax.formats import check as check_json
 
 Message = dict[str, Any]  # "role" and "content", and whatever else the template knows
 
 _NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LONGEST = 2**22  # bytes of a template; the longest published ones have 20 kB
 _MARK = "\ue000"  # a private character, which no template writes or strips
 
 
@@ -40,12 +43,16 @@ class ChatTemplate:
     """
     self.source, self.bos_token = source, special_tokens.get("bos_token", "")
     self._special_tokens, self._origin = special_tokens, origin
+    if len(source) > _LONGEST:
+      raise UserError(f"{origin}: its chat template has {len(source):,} characters: use another one")
     try:
-      self._template = _environment().from_string(source)
-    except Exception as error:
+      templates.render(source, None)
+    except templates.Refused as error:
       raise UserError(
-          f"{origin}: its chat template cannot be compiled ({_line(error)}); fetch it again"
-      ) from error
+          f"{origin}: its chat template cannot be compiled ({error}); fetch it again"
+      ) from None
+    except UserError as error:
+      raise UserError(f"{origin}: {error}") from None
 
   def render(
       self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -58,19 +65,22 @@ class ChatTemplate:
       **variables: what else the template knows, such as `tools` or `enable_thinking`.
 
     Raises:
-      UserError: these are no messages, or the template refuses them.
+      UserError: these are no messages, the template refuses them or goes beyond a limit of
+        `templates`, or its text holds half of a surrogate pair.
     """
     check(messages)
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     names = {"tools": None, "documents": None} | self._special_tokens | variables
+    names |= {"messages": given, "add_generation_prompt": add_generation_prompt}
     try:
-      return self._template.render(
-          messages=given, add_generation_prompt=add_generation_prompt, **names
-      )
-    except Exception as error:  # a template can raise anything
+      text = templates.render(self.source, names)
+    except templates.Refused as error:
       raise UserError(
-          f"{self._origin}: its chat template refuses the messages ({_line(error)}); give others"
-      ) from error
+          f"{self._origin}: its chat template refuses the messages ({error}); give others"
+      ) from None
+    except UserError as error:
+      raise UserError(f"{self._origin}: {error}") from None
+    return check_text(text, "the text of the messages")
 
 
 class Talk:
@@ -149,15 +159,12 @@ def check(messages: object) -> None:
       raise UserError(f"{message!r:.40} is no message: give a role and a content, as {example}")
 
 
-def find(
-    directory: pathlib.Path, config: dict[str, Any], symbols: dict[str, Any]
-) -> ChatTemplate | None:
+def find(directory: pathlib.Path) -> ChatTemplate | None:
   """Returns a directory's template.
 
   Args:
-    directory: may have `chat_template.jinja`, which wins over the template in `config`.
-    config: of its `tokenizer_config.json`.
-    symbols: of its `special_tokens_map.json`.
+    directory: may have `chat_template.jinja`, which wins over the template in
+      `tokenizer_config.json`, and `special_tokens_map.json`.
 
   Returns:
     None if it has none.
@@ -165,60 +172,31 @@ def find(
   Raises:
     UserError: it cannot be read.
   """
-  path, source = directory / "chat_template.jinja", config.get("chat_template")
+  path, source = directory / "chat_template.jinja", None
+  config, symbols = (
+      optional(directory / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map")
+  )
+  about = check_json(config, TokenizerConfig, str(directory / "tokenizer_config.json"))
   if path.is_file():
     try:
-      source = path.read_text(encoding="utf-8")
+      data = path.read_bytes()
+      source = data.decode("utf-8") if len(data) <= _LONGEST else None
     except (OSError, ValueError) as error:
       raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
-  if isinstance(source, list):
-    source = {one.get("name"): one.get("template") for one in source}.get("default")
+    if source is None:
+      raise UserError(f"{path} is larger than {_LONGEST:,} bytes: it is no chat template")
+  elif isinstance(about.chat_template, list):
+    source = {one.name: one.template for one in about.chat_template}.get("default")
+  else:
+    source = about.chat_template
   if source is None:
     return None
   # As transformers has it: newer directories name their special tokens in the configuration alone.
-  given = config if "added_tokens_decoder" in config else config | symbols
-  tokens = {name: given[name] for name in _NAMES if given.get(name) is not None}
-  tokens = {name: t.get("content", "") if isinstance(t, dict) else t for name, t in tokens.items()}
+  given = config if about.added_tokens_decoder is not None else config | symbols
+  tokens = check_json(given, SpecialTokens, f"{directory}: its special tokens").names()
   return ChatTemplate(source, tokens, str(directory))
-
-
-@functools.cache
-def _environment():
-  """Jinja as transformers sets it up."""
-  import jinja2  # pylint: disable=g-import-not-at-top  (only chat templates need it)
-  from jinja2 import ext, nodes, sandbox  # pylint: disable=g-import-not-at-top
-
-  class Generation(ext.Extension):
-    """Lets `{% generation %}` pass, which marks answers for training."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      return nodes.Scope(body).set_lineno(line)
-
-  def refuse(message):
-    raise jinja2.TemplateError(message)
-
-  def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Jinja's own escapes what HTML would read as its own.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-  environment = sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-  )
-  environment.filters["tojson"] = to_json
-  environment.globals["raise_exception"] = refuse
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-  return environment
 
 
 def _message(role: str, content: str) -> Message:
   return {"role": role, "content": content}
 
-
-def _line(error: Exception) -> str:
-  return " ".join(str(error).split())

@@ -18,7 +18,7 @@ import numpy as np
 
 from famjax.data import gpt3_tasks, long_context_tasks
 from famjax.data.prompts import Files, Generated, Ranked, Spec, plain
-from famjax.data.vocabularies import Vocabulary, as_seqio, load_vocabulary
+from famjax.data.vocabularies import as_seqio, encode_after, load_vocabulary, Vocabulary
 from famjax.errors import UserError
 
 GPT3 = tuple(gpt3_tasks.TASKS)
@@ -81,23 +81,19 @@ def register(
 
 
 def _options(vocabulary: Vocabulary, ranked: bool) -> list[Any]:
-  """A preprocessor, or none: options as they stand after what comes before them.
+  """Returns a preprocessor, or none: options get the ids that they have after their inputs.
 
-  A tokenizer that puts a space before every text does so before an option that has none, such as
-  ".". And an option of no tokens, which would always be the likeliest, is the end of the text.
+  An option of no tokens would always be the likeliest. It becomes the end of the text.
   """
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
 
-  def tokens(text: bytes, alone: np.ndarray) -> np.ndarray:
-    text, before = text.decode(), vocabulary.encode("x")
-    if text and not text[0].isspace():
-      after = vocabulary.encode(f"x{text}")
-      if after[: len(before)] == before:
-        alone = np.asarray(after[len(before) :], np.int32)
-    return alone if len(alone) else np.asarray([vocabulary.eos_id], np.int32)
+  def tokens(text: bytes, inputs: bytes) -> np.ndarray:
+    ids = encode_after(vocabulary, text.decode(), inputs.decode())
+    return np.asarray(ids or [vocabulary.eos_id], np.int32)
 
   def settle(x):
-    targets = tf.numpy_function(tokens, [x["targets_pretokenized"], x["targets"]], tf.int32)
+    texts = [x["targets_pretokenized"], x.get("inputs_pretokenized", "")]
+    targets = tf.numpy_function(tokens, texts, tf.int32)
     return x | {"targets": tf.ensure_shape(targets, [None])}
 
   return [lambda dataset: dataset.map(settle)] if ranked else []

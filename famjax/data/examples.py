@@ -15,7 +15,7 @@ import numpy as np
 
 from famjax.data.outside import check_inside
 from famjax.data.text_files import check_text
-from famjax.data.vocabularies import Vocabulary, begin_ids
+from famjax.data.vocabularies import begun, encode_pair, Vocabulary
 from famjax.errors import UserError
 
 # Streams of random numbers that must not be the same numbers (see `generator`).
@@ -57,9 +57,9 @@ def join(inputs: Sequence[int], targets: Sequence[int]) -> tuple[np.ndarray, np.
 def join_texts(
     vocabulary: Vocabulary, inputs: str, targets: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`join` of an instruction, which begins a text, and an answer, which ends one."""
-  first = [*begin_ids(vocabulary), *vocabulary.encode(inputs)]
-  return join(first, [*vocabulary.encode(targets), vocabulary.eos_id])
+  """Returns the `join` of an instruction, which begins a text, and an answer, which ends it."""
+  first, rest = encode_pair(vocabulary, inputs, targets)
+  return join(first, [*rest, vocabulary.eos_id])
 
 
 def shuffled(seed: int, index: int, size: int) -> int:
@@ -249,4 +249,4 @@ class TaskExamples:
         raise ValueError(f"it has ids from {ids}, and the vocabulary {size:,}")
     if not parts[1].size:
       raise ValueError("its targets have no tokens")
-    return join([*begin_ids(self.vocabulary), *parts[0].tolist()], parts[1])
+    return join(begun(self.vocabulary, parts[0].tolist()), parts[1])

@@ -19,7 +19,7 @@ from famjax.data.examples import generator
 from famjax.data.examples import shuffled
 from famjax.data.outside import check_inside
 from famjax.data.text_files import read_text
-from famjax.data.vocabularies import Vocabulary, begin_ids
+from famjax.data.vocabularies import begin_ids, begun, Vocabulary
 from famjax.errors import UserError
 
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.py")
@@ -152,7 +152,7 @@ class LongText:
       tokens = tokens[start : start + size]
     tokens = tokens.astype(np.int32)
     if self._begin:
-      tokens = np.concatenate([np.asarray(self._begin, np.int32), tokens])
+      tokens = np.asarray(begun(self.vocabulary, tokens.tolist()), np.int32)
       return tokens, np.asarray(np.arange(len(tokens)) >= len(self._begin), np.float32)
     return tokens, np.broadcast_to(np.float32(1), tokens.shape)
 

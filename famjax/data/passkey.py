@@ -11,7 +11,7 @@ import numpy as np
 
 from famjax.data.examples import generator
 from famjax.data.outside import check_made
-from famjax.data.vocabularies import Vocabulary, begin_ids
+from famjax.data.vocabularies import encode_after, encode_text, Vocabulary
 from famjax.errors import UserError
 
 HEAD = (
@@ -39,7 +39,6 @@ class PassKeyFormat:
       raise UserError(f"key_digits {key_digits}: use 1 to 18")
     self.vocabulary = vocabulary
     self.key_digits = key_digits
-    self._begin = np.asarray(begin_ids(vocabulary), np.int32)
     self._filler = self._encode(FILLER)
     self._has_digit: dict[int, bool] = {}  # By token.
 
@@ -70,7 +69,7 @@ class PassKeyFormat:
       UserError: the document is too short for its parts, or not exactly one length is given.
     """
     key = f"{rng.integers(10**self.key_digits):0{self.key_digits}d}"
-    head = np.concatenate([self._begin, self._encode(HEAD.format(key=key))])
+    head = np.asarray(encode_text(self.vocabulary, HEAD.format(key=key)), np.int32)
     question = self._encode(QUESTION.format(key=key))
     if (filler_tokens is None) == (total_tokens is None):
       raise UserError("a pass key document needs either filler_tokens or total_tokens")
@@ -97,7 +96,8 @@ class PassKeyFormat:
     return np.concatenate(parts), weights
 
   def _encode(self, text: str) -> np.ndarray:
-    return np.asarray(self.vocabulary.encode(text), np.int32)
+    """Returns the ids of a text that goes on from another one."""
+    return np.asarray(encode_after(self.vocabulary, text), np.int32)
 
   def _answer(self, question: np.ndarray) -> np.ndarray:
     """Returns 1 where a token of a question holds a digit: there are none but the answer's."""

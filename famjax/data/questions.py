@@ -15,7 +15,7 @@ import numpy as np
 
 from famjax.data.examples import generator, join_texts
 from famjax.data.outside import check_made
-from famjax.data.vocabularies import Vocabulary, begin_ids
+from famjax.data.vocabularies import encode_pair, Vocabulary
 from famjax.errors import UserError
 
 NOISE = (
@@ -263,12 +263,11 @@ def ask(name: str, vocabulary: Vocabulary, tokens: int, seed: int, index: int) -
   """
   make = task_of(name)
   made = lambda units: make(generator(seed, index), units)
-  first = len(begin_ids(vocabulary))
 
   def fits(units):
     question = made(units)
-    length = len(vocabulary.encode(question.text)) + len(vocabulary.encode(question.target))
-    return first + length + 1 <= tokens  # and an end
+    pair = encode_pair(vocabulary, question.text, question.target)
+    return sum(map(len, pair)) + 1 <= tokens  # and an end
 
   if not fits(0):
     raise UserError(f"task {name!r} has no text of {tokens} tokens: its shortest is longer")

@@ -24,7 +24,7 @@ from famjax.data.examples import Source
 from famjax.data.packing import pack
 from famjax.data.packing import repeat_segment
 from famjax.data.packing import REPEAT_PROMPT
-from famjax.data.vocabularies import Vocabulary
+from famjax.data.vocabularies import encode_after, Vocabulary
 from famjax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -180,7 +180,7 @@ class PackedReader(_SourceReader):
       raise UserError(
           f"repeat_length {repeat_length}, repeat_weight {repeat_weight}: use 0 or more"
       )
-    self._prompt = self.vocabulary.encode(REPEAT_PROMPT) if repeat_length else []
+    self._prompt = encode_after(self.vocabulary, REPEAT_PROMPT) if repeat_length else []
     self._repeat = (repeat_length, repeat_weight)
     self._body = length + 1 - len(self._prompt) - repeat_length  # Tokens of the examples in a row.
     if self._body < max(repeat_length, 1):

@@ -71,7 +71,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
   return decode(pathlib.Path(path).read_bytes(), str(path))
 
 
-def check_text(text: str, name: str) -> str:
+def check_text(text: str, name: str = "the text") -> str:
   """Returns a text, if UTF-8 can write all of it.
 
   Half of a surrogate pair is no character. JSON can name one (`"\\ud800"`), and Python has one for

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 import functools
+import itertools
 import pathlib
 from typing import Any
 
-from famjax.data import chat_templates
+from famjax.data import chat_templates, decoding, tokenizer_files
+from famjax.data.tokenizer_files import Config, optional, SpecialTokens, unpanicked, watched
+from famjax.data.text_files import check_text
+from famjax.data.vocabularies import outside
 from famjax.errors import UserError
-from famjax.formats import read_json
+from famjax.formats import check
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json", "added_tokens.json",
 )  # fmt: skip
-_SPECIAL = ("tokenizer_config", "special_tokens_map")  # files that name special tokens
-_SPACES = ("\u2581", "\u0120")  # a space, as SentencePiece and byte-level BPE write it
 
 
 def is_in(directory: pathlib.Path) -> bool:
@@ -24,17 +26,15 @@ def is_in(directory: pathlib.Path) -> bool:
 
 
 class TokenizerVocabulary:
-  """What a directory's `tokenizer.json` makes of text; without the symbols that begin a text.
-
-  Some tokenizers put a space before every text that they are given. A text that starts with a space
-  loses it here under such a one, as in `vocabularies.SentencePieceVocabulary`.
+  """A directory's `tokenizer.json`: text to ids, without the symbols that begin or end a text.
 
   Attributes:
-    vocab_size: ids of the tokenizer that the model has too; a model often has a few more, which mean
-      nothing, and Gemma 3's text models have one fewer.
+    vocab_size: the largest id of the tokenizer that the model has too, and 1 more.
+    outside: ids of tokens that the model has no row for, by their texts. Gemma 3's text models have
+      one, of an image.
     eos_id: the first of `stop_ids`.
     stop_ids: every id that the directory says a text ends with.
-    begin_ids: what the tokenizer puts before a text that begins.
+    begin_ids: ids that the tokenizer puts before a text that begins.
     pad_id: of padding.
   """
 
@@ -47,53 +47,65 @@ class TokenizerVocabulary:
       directory: with `tokenizer.json`, and `config.json` or `generation_config.json`.
 
     Raises:
-      UserError: there is none, it cannot be read, or no end symbol is named.
+      UserError: there is none, it cannot be read, it is beyond a limit of `tokenizer_files`, or no
+        end symbol is named.
     """
     self.path = str(directory)
     path = pathlib.Path(directory)
-    try:
-      import tokenizers  # pylint: disable=g-import-not-at-top  (only these models need it)
-
-      self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-      self._tokenizer.no_truncation()  # what was saved after fine-tuning may cut texts,
-      self._tokenizer.no_padding()  # or fill them up
-    except ModuleNotFoundError as error:
-      raise UserError(f"vocabulary {directory}: needs the package tokenizers; install it") from error
-    except Exception as error:  # tokenizers raises Exception itself
-      raise UserError(
-          f"vocabulary {directory}: its tokenizer.json cannot be read ({error}); name a directory of"
-          " the Hugging Face hub, with its tokenizer"
-      ) from error
-    about = _given(path / "config.json") | _given(path / "generation_config.json")
-    self.vocab_size = self._tokenizer.get_vocab_size()
-    self.vocab_size = min(self.vocab_size, about.get("vocab_size", self.vocab_size))
-    self.stop_ids = self._stop_ids(about, _given(path / "tokenizer_config.json"))
+    self._about = tokenizer_files.read_tokenizer(path / "tokenizer.json")
+    self._watch = self._about.has_regex()
+    self._tokenizer = self._read(path / "tokenizer.json")
+    config, generation = (
+        check(optional(path / f"{name}.json"), Config, str(path / f"{name}.json"))
+        for name in ("config", "generation_config")
+    )
+    self._count_ids(config)
+    self.stop_ids = self._find_stop_ids(config, generation)
     if not self.stop_ids:
       raise UserError(f"vocabulary {directory}: no eos_token_id is named; add it to config.json")
     self.eos_id = self.stop_ids[0]
-    pad = about.get("pad_token_id")
-    self.pad_id = self.eos_id if pad is None else pad
-    self.begin_ids = self._tokenizer.encode("", add_special_tokens=True).ids
-    while self.begin_ids and self.begin_ids[-1] in self.stop_ids:  # what it puts after a text
-      self.begin_ids = self.begin_ids[:-1]
-    first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
-    self._adds_space = bool(first) and first[0].startswith(_SPACES)
+    pads = [about.pad_token_id for about in (generation, config)]
+    pad = next((pad for pad in pads if pad is not None), -1)
+    self.pad_id = self.eos_id if pad == -1 else pad  # -1: none, as Llama's first release has it
+    self.begin_ids = self._find_begin_ids()
+    special = self._tokenizer.get_added_tokens_decoder().values()
+    self._special = {token.content for token in special if token.special}
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text; names of special tokens in it become these."""
-    text = text[1:] if self._adds_space and text.startswith(" ") else text
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    """Returns the ids of a text; names of special tokens in it become these.
+
+    Raises:
+      UserError: the text has half of a surrogate pair or a token that the model has not, or the
+        tokenizer gives up or takes too long.
+    """
+    ids = self._encoding(check_text(text), False).ids
+    if self.outside and max(ids, default=0) >= self.vocab_size:
+      wrong = next(i for i in ids if i >= self.vocab_size)
+      raise UserError(f"the text has the token {outside(self, wrong, self._rows)}")
+    return ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids; special tokens, and ids that the tokenizer has not, give nothing."""
-    return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+    ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
+    steps = decoding.steps_of(self._about.decoder)
+    try:
+      if steps is None or self._longest_run(ids, steps) <= decoding.LONGEST_RUN:
+        return unpanicked(lambda: self._tokenizer.decode(ids), f"vocabulary {self.path}")
+    except UserError:  # of a text that is shorter than the ends that a decoder strips, say
+      if steps is None:
+        raise
+    decoder = decoding.Chain(self._piece, steps)
+    return "".join(map(decoder.push, ids)) + decoder.end()
+
+  def decoder(self) -> decoding.Decoder:
+    """Returns a decoder of tokens that come one by one."""
+    steps = decoding.steps_of(self._about.decoder)
+    return decoding.Whole(self.decode) if steps is None else decoding.Chain(self._piece, steps)
 
   @functools.cached_property
   def chat_template(self) -> chat_templates.ChatTemplate | None:
     """The directory's chat template; None if it has none."""
-    path = pathlib.Path(self.path)
-    config, symbols = (_given(path / f"{name}.json") for name in _SPECIAL)
-    return chat_templates.find(path, config, symbols)
+    return chat_templates.find(pathlib.Path(self.path))
 
   def render(
       self,
@@ -118,16 +130,89 @@ class TokenizerVocabulary:
       raise UserError(f"{self.path} has no chat template: add its chat_template.jinja, or give text")
     return self.chat_template.render(messages, add_generation_prompt, **variables)
 
-  def _stop_ids(self, about: dict[str, Any], tokenizer: dict[str, Any]) -> tuple[int, ...]:
-    ids = about.get("eos_token_id")
-    if ids is None:
-      token = tokenizer.get("eos_token")
-      token = token.get("content") if isinstance(token, dict) else token
-      ids = self._tokenizer.token_to_id(token) if token else None
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+  def _read(self, path: pathlib.Path) -> Any:
+    try:
+      import tokenizers  # pylint: disable=g-import-not-at-top  (only these models need it)
+    except ModuleNotFoundError as error:
+      raise UserError(f"vocabulary {self.path}: needs the package tokenizers; install it") from error
+    try:
+      tokenizer = watched(lambda: tokenizers.Tokenizer.from_file(str(path)), self.path)
+      tokenizer.no_truncation()  # what was saved after fine-tuning may cut texts,
+      tokenizer.no_padding()  # or fill them up
+    except UserError:
+      raise
+    except Exception as error:  # tokenizers raises Exception itself
+      raise UserError(
+          f"vocabulary {self.path}: its tokenizer.json cannot be read"
+          f" ({' '.join(str(error).split())[:200]}); name a directory of the Hugging Face hub, with"
+          " its tokenizer"
+      ) from error
+    return tokenizer
 
+  def _count_ids(self, config: Config) -> None:
+    ids = self._tokenizer.get_vocab(with_added_tokens=True)
+    size = max(ids.values(), default=-1) + 1
+    if not 0 < size <= tokenizer_files.MOST_IDS:
+      raise UserError(
+          f"vocabulary {self.path}: its largest id is {size - 1:,}; use a tokenizer whose ids are 0 to"
+          f" {tokenizer_files.MOST_IDS - 1:,}"
+      )
+    rows = config.vocab_size or (config.text_config and config.text_config.vocab_size) or size
+    self._rows, self.vocab_size = rows, min(size, rows)
+    self.outside = {name: i for name, i in ids.items() if i >= rows}
 
-def _given(path: pathlib.Path) -> dict[str, Any]:
-  """A file's JSON without what is null; {} if it is not there."""
-  found = read_json(path) if path.is_file() else {}
-  return {name: value for name, value in found.items() if value is not None}
+  def _find_stop_ids(self, config: Config, generation: Config) -> tuple[int, ...]:
+    for about in (generation, config):
+      if about.eos_token_id not in (None, []):
+        ids = about.eos_token_id
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+    path = pathlib.Path(self.path) / "tokenizer_config.json"
+    name = check(optional(path), SpecialTokens, str(path)).names().get("eos_token")
+    i = self._tokenizer.token_to_id(name) if name else None
+    return () if i is None else (i,)
+
+  def _find_begin_ids(self) -> list[int]:
+    """Ids before a text that is not empty; those after it end it."""
+    for text in ("a", "0", "."):
+      encoding = self._encoding(text, True)
+      # A symbol that the post-processor adds belongs to no text.
+      if any(of is not None for of in encoding.sequence_ids):
+        pairs = zip(encoding.ids, encoding.sequence_ids)
+        return [i for i, of in itertools.takewhile(lambda pair: pair[1] is None, pairs)]
+    return []
+
+  def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+    def encode():  # a batch lets other threads run, and one text does not
+      return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    try:
+      if self._watch:
+        return watched(encode, f"vocabulary {self.path}", len(text))
+      return unpanicked(
+          lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens),
+          f"vocabulary {self.path}",
+      )
+    except UserError:
+      raise
+    except Exception as error:  # a WordLevel model without an unknown token, say
+      line = " ".join(str(error).split())[:200]
+      raise UserError(f"vocabulary {self.path} cannot encode the text ({line})") from error
+
+  def _piece(self, token: int) -> str | None:
+    """String of a token; None if it has no text."""
+    if not 0 <= token < self.vocab_size:
+      return None
+    piece = self._tokenizer.id_to_token(token)
+    return None if piece in self._special else piece
+
+  def _longest_run(self, ids: list[int], steps: list[decoding.Step]) -> int:
+    """Byte tokens of the longest run, if it can be long and the decoder joins runs; else 0."""
+    falls_back = any(isinstance(step, decoding.ByteRuns) for step in steps)
+    if not falls_back or len(ids) <= decoding.LONGEST_RUN:
+      return 0
+    longest = run = 0
+    for i in ids:
+      if (piece := self._piece(i)) is not None:
+        run = run + 1 if decoding.byte_of(piece) is not None else 0
+        longest = max(longest, run)
+    return longest

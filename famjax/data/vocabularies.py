@@ -4,17 +4,23 @@ All of them have the part of `seqio.Vocabulary` that the project uses, and none 
 TensorFlow; `as_seqio` wraps one for a seqio task.
 """
 
+import codecs
+import contextlib
 import functools
 import pathlib
 import re
-from typing import Any, Iterable, Protocol
+from typing import Any, Iterable, Iterator, Protocol, Sequence
 
 import numpy as np
 
+from famjax.data import decoding
+from famjax.data.text_files import check_text
 from famjax.errors import UserError
 
 
 BUILT_IN = ("bytes", "passkey_words")
+_CONTEXT = 256  # characters before a text that its encoding may depend on
+_CONTEXTS = ("x", ".", "\n", "0", ",", "\u4e00")  # texts that stand for one that is unknown
 
 
 class Vocabulary(Protocol):
@@ -54,14 +60,19 @@ class ByteVocabulary:
   _FIRST_BYTE = 3
 
   def encode(self, text: str) -> list[int]:
-    """Returns one id per UTF-8 byte of the text."""
-    data = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+    """Returns one id per UTF-8 byte of the text. Raises UserError for half a surrogate pair."""
+    data = np.frombuffer(check_text(text).encode("utf-8"), np.uint8)
     return (data.astype(np.int32) + self._FIRST_BYTE).tolist()
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids that stand for a byte; the others are left out."""
     first = self._FIRST_BYTE
     return bytes(i - first for i in ids if first <= i < self.vocab_size).decode("utf-8", "replace")
+
+  def decoder(self) -> decoding.Decoder:
+    """Returns a decoder of tokens that come one by one."""
+    byte = lambda i: chr(i - self._FIRST_BYTE) if self._FIRST_BYTE <= i < self.vocab_size else None
+    return decoding.Chain(byte, [decoding.Utf8(lambda piece: piece.encode("latin-1"))])
 
 
 class WordVocabulary:
@@ -94,29 +105,34 @@ class WordVocabulary:
 
   def encode(self, text: str) -> list[int]:
     """Returns one id per word, digit or punctuation mark; unknown ones become `unk_id`."""
-    return [self._ids.get(symbol, self.unk_id) for symbol in self._SYMBOL.findall(text)]
+    return [self._ids.get(symbol, self.unk_id) for symbol in self._SYMBOL.findall(check_text(text))]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids that stand for a symbol; the others are left out."""
-    pieces = []
-    previous = ""
-    for i in ids:
-      symbol = self._symbols[i] if 0 <= i < len(self._symbols) else ""
-      if not symbol:
-        continue
-      tight = symbol in self._NO_SPACE_BEFORE or (symbol.isdigit() and previous.isdigit())
-      pieces.append(symbol if tight or not pieces else " " + symbol)
-      previous = symbol
-    return "".join(pieces)
+    decoder = self.decoder()
+    return "".join(map(decoder.push, ids))
+
+  def decoder(self) -> decoding.Decoder:
+    """Returns a decoder of tokens that come one by one."""
+    symbol = lambda i: (self._symbols[i] or None) if 0 <= i < len(self._symbols) else None
+    return decoding.Chain(symbol, [_Spaces(self._NO_SPACE_BEFORE)])
+
+
+class _Spaces(decoding.Step):
+  """Puts one space between symbols, but none before some of them and none between digits."""
+
+  def __init__(self, tight: frozenset[str]):
+    self._tight, self._previous = tight, ""
+
+  def push(self, piece):
+    tight = piece in self._tight or (piece.isdigit() and self._previous.isdigit())
+    space = "" if tight or not self._previous else " "
+    self._previous = piece
+    return [space + piece]
 
 
 class SentencePieceVocabulary:
-  """A SentencePiece model from a file.
-
-  Many models put a space before every text that they are given. A text that starts with a space
-  loses it here under such a model, so that texts that are encoded apart (" What is ...") join as if
-  they had been encoded as one.
-  """
+  """A SentencePiece model from a file."""
 
   def __init__(self, path: str):
     if not pathlib.Path(path).is_file():
@@ -127,29 +143,107 @@ class SentencePieceVocabulary:
     self.path = str(path)
     try:
       import sentencepiece  # pylint: disable=g-import-not-at-top  (only these models need it)
-
-      self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
     except ModuleNotFoundError as error:
       raise UserError(f"vocabulary {path}: needs the package sentencepiece; install it") from error
-    except (OSError, RuntimeError) as error:
-      raise UserError(
-          f"vocabulary {path}: not a SentencePiece model; name a .model file"
-      ) from error
+    with self._readable():
+      self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
+      self._model.decode(self._model.encode("a"))
     if self._model.eos_id() < 0:
       raise UserError(f"vocabulary {path}: has no end symbol; train it with eos_id set")
     self.vocab_size = self._model.get_piece_size()
     self.eos_id = self._model.eos_id()
     self.pad_id = max(self._model.pad_id(), 0)
     self.unk_id = self._model.unk_id()
-    self._adds_space = self._model.encode("a", out_type=str)[0].startswith("\u2581")
+    self._texts: dict[int, str] = {}
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of the text's pieces."""
-    return self._model.encode(text[1:] if self._adds_space and text.startswith(" ") else text)
+    """Returns the ids of the text's pieces. Raises UserError for half a surrogate pair."""
+    with self._readable():
+      return self._model.encode(check_text(text))
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the pieces; ids that the model does not hold are left out."""
-    return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+    with self._readable():
+      return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+  def decoder(self) -> decoding.Decoder:
+    """Returns a decoder of tokens that come one by one."""
+    if not self.decode([self.unk_id]):  # no token gives text for sure
+      return decoding.Whole(self.decode)
+    return _PieceDecoder(self._model, self._texts)
+
+  @contextlib.contextmanager
+  def _readable(self) -> Iterator[None]:
+    """Makes one line of what the library raises about a file that is broken."""
+    try:
+      yield
+    except UserError:
+      raise
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+      raise UserError(
+          f"vocabulary {self.path}: not a SentencePiece model"
+          f" ({' '.join(str(error).split())[:200]}); name a .model file"
+      ) from error
+
+
+class _PieceDecoder:
+  """SentencePiece's own decoding, token by token."""
+
+  def __init__(self, model: Any, texts: dict[int, str]):
+    """Begins.
+
+    Args:
+      model: `SentencePieceProcessor`.
+      texts: text of a token that stands behind others; is filled up here.
+    """
+    self._model, self._texts = model, texts
+    self._before: list[int] = []  # tokens that have given no text: a model may drop first spaces
+    self._start, self._bytes = True, b""
+
+  def push(self, token: int) -> str:
+    """See `decoding.Decoder`."""
+    if not 0 <= token < self._model.get_piece_size():
+      return ""
+    if self._model.is_byte(token):
+      return self._push_byte(decoding.byte_of(self._model.id_to_piece(token)))
+    text = self.end()
+    self._start = self._start and not text
+    if not self._start:
+      return text + self._behind(token)
+    text = self._model.decode([*self._before, token])
+    self._start = not text
+    if not text and token not in self._before:
+      self._before.append(token)
+    return text
+
+  def pending(self) -> str:
+    """See `decoding.Decoder`."""
+    return ""
+
+  def end(self) -> str:
+    """See `decoding.Decoder`."""
+    text, self._bytes = decoding.BROKEN * len(self._bytes), b""
+    return text
+
+  def _push_byte(self, byte: int) -> str:
+    """A byte that begins no character becomes U+FFFD, and so does each byte of an unfinished one."""
+    text, self._bytes = "", self._bytes + bytes([byte])
+    while self._bytes:
+      try:
+        new, used = codecs.utf_8_decode(self._bytes, "strict", False)
+        text, self._bytes = text + new, self._bytes[used:]
+        break
+      except UnicodeDecodeError:
+        text, self._bytes = text + decoding.BROKEN, self._bytes[1:]
+    self._start = self._start and not text
+    return text
+
+  def _behind(self, token: int) -> str:
+    if token not in self._texts:
+      unknown = self._model.unk_id()
+      surface = self._model.decode([unknown])
+      self._texts[token] = self._model.decode([unknown, token])[len(surface) :]
+    return self._texts[token]
 
 
 @functools.lru_cache(maxsize=None)
@@ -179,26 +273,94 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def begin_ids(vocabulary: Vocabulary) -> list[int]:
-  """Returns what the vocabulary puts before a text that begins; most put nothing there."""
+  """Returns the ids that the vocabulary puts before a text that begins; most put none there."""
   return list(getattr(vocabulary, "begin_ids", ()))
 
 
-def check_fits(vocabulary: Vocabulary, vocab_size: int) -> None:
-  """Raises UserError if a model lacks one of the ids that a vocabulary puts around texts.
+def begun(vocabulary: Vocabulary, ids: Sequence[int]) -> list[int]:
+  """Returns the ids of a text with `begin_ids` before them, once.
+
+  This is the one rule for prompts, pairs, files and the harness: a text that starts with the name
+  of its begin symbol, as the texts of most chat templates do, does not get the symbol again.
+  """
+  begin, ids = begin_ids(vocabulary), list(ids)
+  return ids if ids[: len(begin)] == begin else [*begin, *ids]
+
+
+def encode_text(vocabulary: Vocabulary, text: str) -> list[int]:
+  """Returns the ids of a text that begins: see `begun`."""
+  return begun(vocabulary, vocabulary.encode(text))
+
+
+def encode_after(vocabulary: Vocabulary, text: str, before: str = "") -> list[int]:
+  """Returns the ids of a text that goes on from another one.
+
+  Many tokenizers put a space before a text that begins, or drop its first spaces. Here the text is
+  encoded together with what stands before it. The ids of both join to the text of both, and equal
+  the encoding of the joined text wherever no token reaches across.
+
+  Args:
+    vocabulary: of both.
+    text: that goes on.
+    before: text that it goes on from, or the end of it; "": unknown.
+
+  Raises:
+    UserError: the text holds half of a surrogate pair.
+  """
+  alone = vocabulary.encode(text)
+  if isinstance(vocabulary, (ByteVocabulary, WordVocabulary)) or not alone:
+    return alone  # These encode a text alike wherever it stands.
+  for context in (before[-_CONTEXT:], *_CONTEXTS):
+    head = vocabulary.encode(context) if context else []
+    whole = vocabulary.encode(context + text) if head else []
+    if len(whole) > len(head) > 0 and whole[: len(head)] == head:
+      return whole[len(head) :]
+  return alone
+
+
+def encode_pair(vocabulary: Vocabulary, inputs: str, targets: str) -> tuple[list[int], list[int]]:
+  """Returns the ids of a text that begins, and of one that goes on from it."""
+  return encode_text(vocabulary, inputs), encode_after(vocabulary, targets, inputs)
+
+
+def decoder_of(vocabulary: Vocabulary) -> decoding.Decoder:
+  """Returns a decoder of tokens that come one by one; see `decoding`."""
+  if hasattr(vocabulary, "decoder"):
+    return vocabulary.decoder()
+  return decoding.Whole(vocabulary.decode)
+
+
+def check_fits(vocabulary: Vocabulary, vocab_size: int, *, padding: bool = True) -> None:
+  """Raises UserError if a symbol of a vocabulary has an id that the model has not.
 
   Args:
     vocabulary: any.
-    vocab_size: of the model, V; it has the ids in `[0, V)`.
+    vocab_size: V of the model; its ids are 0 to V - 1.
+    padding: whether padding is used, as training does. Models of the hub often name an id of
+      padding that they have not, and texts are read and written without it.
   """
-  ids = {"padding": getattr(vocabulary, "pad_id", None), "the end": getattr(vocabulary, "eos_id", None)}
-  ids |= {f"begin symbol {i}": id_ for i, id_ in enumerate(begin_ids(vocabulary))}
-  ids |= {f"stop symbol {i}": id_ for i, id_ in enumerate(getattr(vocabulary, "stop_ids", ()))}
-  for name, id_ in ids.items():
-    if id_ is not None and not 0 <= id_ < vocab_size:
-      raise UserError(
-          f"the vocabulary's id of {name} is {id_}, and the model's vocab_size is {vocab_size:,}: give"
-          " it a row: famjax convert --from=hf --resize_vocabulary"
-      )
+  ends = getattr(vocabulary, "stop_ids", (vocabulary.eos_id,))
+  symbols = [("eos_token_id", i) for i in ends]
+  symbols += [("the symbol that begins a text", i) for i in begin_ids(vocabulary)]
+  symbols += [("pad_token_id", vocabulary.pad_id)] if padding else []
+  for name, i in symbols:
+    if not 0 <= i < vocab_size:
+      raise UserError(f"vocabulary {_shown(vocabulary)}: {name} is {outside(vocabulary, i, vocab_size)}")
+
+
+def outside(vocabulary: Vocabulary, i: int, vocab_size: int) -> str:
+  """Returns what is wrong with an id that a model has not, and the way out."""
+  names = {i: name for name, i in getattr(vocabulary, "outside", {}).items()}
+  name = f" ({names[i][:60]!r})" if i in names else ""
+  return (
+      f"{i}{name}, and the model's ids end at {vocab_size - 1}: convert it with"
+      " `famjax convert --from=hf --resize_vocabulary`, or correct the id in config.json and"
+      " generation_config.json"
+  )
+
+
+def _shown(vocabulary: Vocabulary) -> str:
+  return getattr(vocabulary, "path", type(vocabulary).__name__)
 
 
 def absolute(name: str) -> str:

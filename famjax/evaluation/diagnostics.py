@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from famjax.data.vocabularies import begin_ids
+from famjax.data.vocabularies import encode_text
 from famjax.errors import UserError
 from famjax.evaluation import report
 from famjax.inference.commands import text_of
@@ -29,7 +29,7 @@ def command(arguments: argparse.Namespace) -> int:
     raise UserError(f"--blocks={arguments.blocks}: use at least 1")
   model = load(arguments.model)
   text = text_of(arguments.text, arguments.file, needed=True)
-  tokens = [*begin_ids(model.vocabulary), *model.vocabulary.encode(text)]
+  tokens = encode_text(model.vocabulary, text)
   tokens = tokens[: arguments.blocks * model.config.memory.block_size]
   found = look(model.decoder, np.asarray(tokens, np.int32))
   out = pathlib.Path(arguments.out)

@@ -12,7 +12,7 @@ import numpy as np
 
 from famjax.data.long_text import find_files
 from famjax.data.text_files import read_text
-from famjax.data.vocabularies import begin_ids
+from famjax.data.vocabularies import encode_text
 from famjax.errors import UserError
 from famjax.evaluation.by_position import by_position
 from famjax.evaluation.record import Measured, Record
@@ -108,8 +108,7 @@ class DocumentEval:
 
 
 def _tokens(model: Model, path: pathlib.Path) -> np.ndarray:
-  text = read_text(path)
-  return np.asarray([*begin_ids(model.vocabulary), *model.vocabulary.encode(text)], np.int32)
+  return np.asarray(encode_text(model.vocabulary, read_text(path)), np.int32)
 
 
 def _mean(counted: list[list[float]]) -> tuple[int, float, float]:

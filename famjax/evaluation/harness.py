@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from famjax.data.chat_templates import ChatTemplate, Message
 from famjax.data.tokenizers import TokenizerVocabulary
-from famjax.data.vocabularies import begin_ids, Vocabulary
+from famjax.data.vocabularies import begin_ids, begun, Vocabulary
 from famjax.errors import UserError
 from famjax.inference.continuations import batches
 from famjax.inference.generation import Request
@@ -126,8 +126,7 @@ class HarnessModel(TemplateLM):
     """
     del kwargs
     tokens = self.model.vocabulary.encode(string)
-    begin = [] if add_special_tokens is False else begin_ids(self.model.vocabulary)
-    return tokens if tokens[: len(begin)] == begin else [*begin, *tokens]
+    return tokens if add_special_tokens is False else begun(self.model.vocabulary, tokens)
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
     """`loglikelihood` of ((context, text), tokens of the context, tokens of the text)."""

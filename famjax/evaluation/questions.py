@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from famjax.data.questions import Question, ask, task_of
-from famjax.data.vocabularies import begin_ids
+from famjax.data.vocabularies import encode_after, encode_text
 from famjax.errors import UserError
 from famjax.evaluation.record import Measured, Record
 from famjax.inference.generation import Request
@@ -102,9 +102,10 @@ class QuestionEval:
 
 def _answers(model: Model, questions: list[Question]) -> list[str]:
   """What the model says, each row at most twice as long as it need be."""
-  encode = model.vocabulary.encode
-  prompts = [[*begin_ids(model.vocabulary), *encode(q.text)] for q in questions]
-  requests = [Request(max_new_tokens=2 * len(encode(q.target)) + 2) for q in questions]
+  vocabulary = model.vocabulary
+  prompts = [encode_text(vocabulary, q.text) for q in questions]
+  lengths = [len(encode_after(vocabulary, q.target, q.text)) for q in questions]
+  requests = [Request(max_new_tokens=2 * length + 2) for length in lengths]
   return [completion.text for completion in model.complete(prompts, requests)]
 
 

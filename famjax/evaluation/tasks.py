@@ -23,7 +23,7 @@ import numpy as np
 
 from famjax.data import evaluation_tasks
 from famjax.data.prompts import Ranked
-from famjax.data.vocabularies import begin_ids
+from famjax.data.vocabularies import begun
 from famjax.errors import UserError
 from famjax.evaluation.record import Measured, Record
 from famjax.inference.engine import Reading
@@ -167,8 +167,6 @@ class TaskEval:
     """The questions of a split, in its order."""
     import tensorflow as tf  # pylint: disable=g-import-not-at-top
 
-    begin = np.asarray(begin_ids(model.vocabulary), np.int32)
-
     def contexts(examples):
       room = model.config.memory.context
       if room is not None:  # of an ordinary decoder
@@ -176,7 +174,7 @@ class TaskEval:
         if room < 1:
           raise UserError(f"task {task.name!r}: the model's context has no room for an answer")
       longest = min(self.longest, room or self.longest)
-      return [_cut(np.concatenate([begin, x["inputs"]]), longest) for x in examples]
+      return [_cut(_begun(model, x["inputs"]), longest) for x in examples]
 
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
     numbered = zip(itertools.count(), dataset.as_numpy_iterator())
@@ -214,6 +212,10 @@ class TaskEval:
     prompts = [question.contexts[0][start:] for question in questions]
     request = Request(max_new_tokens=self.max_new_tokens, stop=STOP)
     return [completion.text for completion in model.complete(prompts, request, after)]
+
+
+def _begun(model: Model, inputs: np.ndarray) -> np.ndarray:
+  return np.asarray(begun(model.vocabulary, inputs.tolist()), np.int32)
 
 
 class Question(NamedTuple):

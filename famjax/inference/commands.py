@@ -15,6 +15,7 @@ import numpy as np
 
 from famjax.data import chat_templates
 from famjax.data.text_files import check_text, decode
+from famjax.data.vocabularies import encode_after
 from famjax.errors import UserError
 from famjax.inference import session
 from famjax.inference.engine import Reading
@@ -274,12 +275,14 @@ class Chat:
 
   def _prompt(self, line: str) -> str | list[int]:
     """What is read for a line; nothing for an empty turn."""
-    encode = self._model.vocabulary.encode
+    vocabulary = self._model.vocabulary
     if self._talk:  # ids: the template has begun the text
-      return encode(self._talk.turn(check_text(line, "the line"))) if line else []
+      text = self._talk.turn(check_text(line, "the line")) if line else ""
+      begins = not self.reading.state.position[0]
+      return vocabulary.encode(text) if begins else encode_after(vocabulary, text)
     turn = _TURN if self._arguments.turn is None else self._arguments.turn
     prompt = check_text(turn.replace("\\n", "\n").replace("{}", line), "the line")
-    return prompt if encode(prompt) else ""
+    return prompt if vocabulary.encode(prompt) else ""
 
   def _new_talk(self) -> chat_templates.Talk | None:
     """A talk by the model's chat template, of which nothing that was read before is known."""

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from famjax.data.vocabularies import Vocabulary
+from famjax.data.decoding import BROKEN, LONGEST_RUN
+from famjax.data.vocabularies import decoder_of, Vocabulary
 from famjax.errors import UserError
 from famjax.inference import sampling
-from famjax.inference.engine import STEPS, Engine, Reading, copied
+from famjax.inference.engine import STEPS, TAIL, Engine, Reading, copied
 from famjax.inference.sampling import Sampling
 from famjax.inference.text import TextWriter
 from famjax.model.state import State
@@ -97,7 +98,8 @@ class Generation:
     self._seen, self._stop = jnp.asarray(seen), jnp.asarray(stop)
     tails = np.asarray(reading.tail)
     self._writers = [
-        TextWriter(vocabulary, r.stop, tail[tail >= 0].tolist()) for r, tail in zip(requests, tails)
+        TextWriter(vocabulary, request.stop, _context(vocabulary, prompt, tail[tail >= 0]))
+        for request, prompt, tail in zip(requests, prompts, tails)
     ]
     self._shared = True  # somebody else has `_reading`, so that it must not be given away
     self._steps = 1
@@ -167,6 +169,19 @@ class Generation:
   def end(self) -> list[str]:
     """Gives out what was held back, if no more is to be written."""
     return [writer.end() for writer in self._writers]
+
+
+def _context(vocabulary: Vocabulary, prompt: np.ndarray, tail: np.ndarray) -> list[int]:
+  """Returns the last tokens that a row has read, from the start of a character on."""
+  tokens = (prompt[-LONGEST_RUN:] if len(prompt) > len(tail) else tail).tolist()
+  if len(tokens) < TAIL:
+    return tokens  # all that there are
+  broken = []
+  for first in range(4):
+    decoder = decoder_of(vocabulary)
+    text = "".join(map(decoder.push, tokens[first:])) + decoder.pending()
+    broken.append(text.count(BROKEN))
+  return tokens[broken.index(min(broken)) :]
 
 
 class Stream(Iterator[str]):

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from famjax import trust
-from famjax.data.vocabularies import Vocabulary, load_vocabulary
+from famjax.data.vocabularies import check_fits, encode_after, encode_text
+from famjax.data.vocabularies import load_vocabulary, Vocabulary
 from famjax.errors import UserError
 from famjax.inference import continuations
 from famjax.inference.engine import Engine, Progress, Reading, Scores
@@ -68,6 +69,12 @@ class Model:
   """
 
   def __init__(self, decoder: Decoder, vocabulary: Vocabulary):
+    """Takes a decoder and its vocabulary.
+
+    Raises:
+      UserError: a symbol that begins or ends a text has an id that the decoder has not.
+    """
+    check_fits(vocabulary, decoder.config.vocab_size, padding=False)
     self.decoder = decoder
     self.vocabulary = vocabulary
     self._engine = Engine(decoder)
@@ -297,8 +304,7 @@ class Model:
     """int32 `[n]`, checked; a text that begins has what its tokenizer puts there."""
     if isinstance(text, str):
       begins = text and not np.any(after.position)
-      begin = getattr(self.vocabulary, "begin_ids", []) if begins else []
-      text = [*begin, *self.vocabulary.encode(text)]
+      text = (encode_text if begins else encode_after)(self.vocabulary, text)
     tokens = np.asarray(text)
     if tokens.ndim != 1:
       raise UserError(f"tokens have shape {tokens.shape}: give a text, or tokens [n]")

@@ -1,10 +1,14 @@
 """Text from tokens: whole characters, spaces that are not lost, and stop strings."""
 
-from hypothesis import given, strategies as st
+import time
+
+from hypothesis import assume, given, settings, strategies as st
 import pytest
 
 from famjax.data.vocabularies import load_vocabulary
 from famjax.inference.text import TextWriter
+from tests.data.test_decoding import sequences
+from tests.data.vocabulary_kinds import KINDS
 
 BYTES = load_vocabulary("bytes")
 WORDS = load_vocabulary("passkey_words")
@@ -52,21 +56,81 @@ def test_what_may_become_a_stop_string_is_held_back_and_no_more():
   assert writer.text == "ab" and writer.stopped and len(pieces) == 2 + 6 + 1
 
 
-def test_an_unfinished_character_is_left_out_and_a_broken_one_is_replaced():
+def test_unfinished_and_broken_characters_are_replaced():
   tokens = BYTES.encode("a\u20ac")
-  assert write(tokens[:-1])[1].text == "a"
+  assert write(tokens[:-1])[0] == ["a", "", "", "\ufffd"]
   assert write([*tokens[:-1], *BYTES.encode("b")])[1].text == "a\ufffdb"
-  # Of bytes that never become a character all but the last three are given out at once.
-  assert [len(p) for p in write([3 + 0xFF] * 200)[0]][3:-1] == [1] * 197
+  # Bytes that never become a character are given out at once.
+  assert [len(p) for p in write([3 + 0xFF] * 200)[0]] == [1] * 200 + [0]
 
 
 @given(data=st.binary(max_size=90))
 def test_any_bytes_give_what_decoding_them_gives(data):
-  """Up to an end that might have become a character."""
   _, writer = write([3 + byte for byte in data])
-  whole = BYTES.decode([3 + byte for byte in data])
-  assert whole.startswith(writer.text) and len(whole) - len(writer.text) <= 3
-  assert set(whole[len(writer.text) :]) <= {"\ufffd"}
+  assert writer.text == BYTES.decode([3 + byte for byte in data])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_pieces_join_to_what_the_tokens_add_to_the_context(kind, data):
+  vocabulary = KINDS[kind]()
+  context, tokens = (data.draw(sequences(vocabulary)) for _ in range(2))
+  before = vocabulary.decode(context)
+  assume(not before.endswith("\ufffd"))
+  whole = vocabulary.decode([*context, *tokens])
+  assert write(tokens, vocabulary)[1].text == vocabulary.decode(tokens)
+  assert write(tokens, vocabulary, context=context)[1].text == whole[len(before) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
+@given(data=st.data(), stop=st.lists(st.sampled_from([" is", "x", "\u672c", "e s", ".", "a", "ky"]), max_size=2))
+def test_a_stop_string_ends_the_text_of_every_kind(kind, data, stop):
+  vocabulary = KINDS[kind]()
+  tokens = data.draw(sequences(vocabulary))
+  tokens += vocabulary.encode("the sky is \u65e5\u672c\u8a9e.")
+  ends = (n for n in range(len(tokens) + 1) if any(s in vocabulary.decode(tokens[:n]) for s in stop))
+  end = next(ends, None)
+  _, writer = write(tokens, vocabulary, stop=stop)
+  text = vocabulary.decode(tokens[:end])
+  assert writer.stopped == (end is not None)
+  if writer.stopped:
+    whole = min(text.find(s) + len(s) for s in stop if s in text)
+    text = text[: min(place for s in stop if (place := text[:whole].find(s)) >= 0)]
+  assert writer.text == text
+
+
+def test_characters_of_byte_tokens():
+  vocabulary = KINDS["llama"]()
+  tokens = vocabulary.encode("\u672c\u8a9e")
+  assert len(tokens) == 6
+  assert write(tokens, vocabulary)[1].text == "\u672c\u8a9e"
+  writer = TextWriter(vocabulary, stop=["\u8a9e"])
+  assert [writer.push(token) for token in tokens][-1] == "\u672c" and writer.stopped
+  assert (writer.text, writer.end(), writer.push(tokens[0])) == ("\u672c", "", "")
+  # A prompt that ends in a run of bytes is not written again.
+  assert write(tokens[3:], vocabulary, context=tokens[:3])[1].text == "\u8a9e"
+  assert write(tokens[4:], vocabulary, context=tokens[:4])[1].text == "\u8a9e"
+
+
+def test_the_stop_string_that_is_whole_first_counts_whatever_the_cuts():
+  vocabulary = KINDS["gemma"]()
+  for pieces in (["a", "re", "turn"], [*"areturn"], [*"are", "turn"]):
+    tokens = [vocabulary._tokenizer.token_to_id(piece) for piece in pieces]
+    assert write(tokens, vocabulary, stop=["turn", "u", "retu"])[1].text == "a"
+    assert write(tokens, vocabulary, stop=["eturn", "tu"])[1].text == "are"
+
+
+def test_a_push_costs_constant_time():
+  for kind in ("llama", "bytes", "trained byte level"):
+    vocabulary = KINDS[kind]()
+    tokens = (vocabulary.encode("the sky is \u65e5\u672c. ") * 10_000)[:10_000]
+    writer, started = TextWriter(vocabulary, ["\u8a9e"], tokens[:8]), time.process_time()
+    for token in tokens:
+      writer.push(token)
+    assert time.process_time() - started < 1.5  # 0.1 to 0.3 s
+    assert len(writer.text) > len(vocabulary.decode(tokens)) - 8
 
 
 def test_a_character_after_broken_bytes_is_heard():
