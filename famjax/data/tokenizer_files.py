@@ -162,8 +162,8 @@ def watched(function: Callable[[], T], what: str, characters: int = 0) -> T:
   thread.join(limit)
   if not results and not errors:
     raise UserError(
-        f"{what}: the tokenizer takes more than {limit:.0f} s, likely by a regular expression of its"
-        " tokenizer.json; use another tokenizer"
+        f"{what}: the tokenizer takes more than {limit:.0f} s, likely by a regular expression of"
+        " its tokenizer.json; use another tokenizer"
     )
   if errors:
     return unpanicked(_raiser(errors[0]), what)
@@ -214,7 +214,8 @@ def _checked(path: pathlib.Path, name: str, spec: Any) -> Iterator[Json]:
       raise _refused(path, f"its {name} has the regular expression {pattern[:40]!r}...")
     for key, value in part.items():
       if isinstance(value, str) and len(value) > _STRING and key != "precompiled_charsmap":
-        raise _refused(path, f"its {name} has a string of {len(value):,} characters as {key[:40]!r}")
+        what = f"its {name} has a string of {len(value):,} characters as {key[:40]!r}"
+        raise _refused(path, what)
     yield part
 
 
@@ -230,7 +231,8 @@ def _growth(parts: list[Json]) -> float:
       case "Precompiled":
         growth *= _charsmap_growth(part.get("precompiled_charsmap"))
       case "Prepend":
-        growth *= 1 if len(str(part.get("prepend", ""))) == 1 else 1 + len(str(part.get("prepend", "")))
+        length = len(str(part.get("prepend", "")))
+        growth *= 1 if length == 1 else 1 + length
   return growth
 
 
@@ -238,15 +240,17 @@ def _replace_growth(part: Json) -> float:
   content, pattern = str(part.get("content", "")), part.get("pattern")
   pattern = pattern if isinstance(pattern, dict) else {}
   if "String" in pattern:
-    return max(1.0, len(content.encode("utf-8", "replace")) / max(len(str(pattern["String"]).encode("utf-8", "replace")), 1))
+    new, old = (len(s.encode("utf-8", "replace")) for s in (content, str(pattern["String"])))
+    return max(1.0, new / max(old, 1))
   try:
-    shortest = re.compile(str(pattern.get("Regex"))) and _shortest(str(pattern.get("Regex")))
+    shortest = _shortest(str(pattern.get("Regex")))
   except (re.error, RecursionError, OverflowError, MemoryError):
     shortest = 0  # written for another library
   return max(1.0, float(len(content))) if shortest else 1.0 + len(content)
 
 
 def _shortest(pattern: str) -> int:
+  """Returns the length of the shortest match; 0 if a match can be empty."""
   import re._parser as parser  # pylint: disable=g-import-not-at-top
 
   return parser.parse(pattern).getwidth()[0]
@@ -264,17 +268,20 @@ def _charsmap_growth(charsmap: Any) -> float:
 
 def _check_post_processor(path: pathlib.Path, part: Json) -> None:
   single = part.get("single")
-  texts, symbols = 0, 0
-  special = part.get("special_tokens")
-  for piece in single if isinstance(single, list) else ():
-    texts += isinstance(piece, dict) and "Sequence" in piece
-    symbol = piece.get("SpecialToken") if isinstance(piece, dict) else None
-    if isinstance(symbol, dict):
-      entry = special.get(symbol.get("id")) if isinstance(special, dict) and isinstance(symbol.get("id"), str) else None
-      ids = entry.get("ids") if isinstance(entry, dict) else None
-      symbols += len(ids) if isinstance(ids, list) else 1
+  single = [piece for piece in single if isinstance(piece, dict)] if isinstance(single, list) else []
+  texts = sum("Sequence" in piece for piece in single)
+  symbols = sum(_symbols(part, piece["SpecialToken"]) for piece in single if "SpecialToken" in piece)
   if texts > 1 or symbols > _SYMBOLS:
-    raise _refused(path, f"its post_processor writes {texts} texts and {symbols} symbols for one text")
+    what = f"its post_processor writes {texts} texts and {symbols} symbols for one text"
+    raise _refused(path, what)
+
+
+def _symbols(part: Json, named: Any) -> int:
+  """Returns how many ids a special token of a template stands for."""
+  special, name = part.get("special_tokens"), named.get("id") if isinstance(named, dict) else None
+  entry = special.get(name) if isinstance(special, dict) and isinstance(name, str) else None
+  ids = entry.get("ids") if isinstance(entry, dict) else None
+  return len(ids) if isinstance(ids, list) else 1
 
 
 def _regex(part: Json) -> str | None:

@@ -90,7 +90,7 @@ class TokenizerVocabulary:
     steps = decoding.steps_of(self._about.decoder)
     try:
       if steps is None or self._longest_run(ids, steps) <= decoding.LONGEST_RUN:
-        return unpanicked(lambda: self._tokenizer.decode(ids), f"vocabulary {self.path}")
+        return self._decoded(ids)
     except UserError:  # of a text that is shorter than the ends that a decoder strips, say
       if steps is None:
         raise
@@ -197,6 +197,12 @@ class TokenizerVocabulary:
     except Exception as error:  # a WordLevel model without an unknown token, say
       line = " ".join(str(error).split())[:200]
       raise UserError(f"vocabulary {self.path} cannot encode the text ({line})") from error
+
+  def _decoded(self, ids: list[int]) -> str:
+    what = f"vocabulary {self.path}"
+    if self._watch:  # a batch lets other threads run
+      return watched(lambda: self._tokenizer.decode_batch([ids])[0], what, len(ids))
+    return unpanicked(lambda: self._tokenizer.decode(ids), what)
 
   def _piece(self, token: int) -> str | None:
     """String of a token; None if it has no text."""

@@ -11,6 +11,7 @@ from famjax.data.passkey import PassKeyExamples
 from famjax.data.passkey import PassKeyFormat
 from famjax.data.vocabularies import load_vocabulary
 from famjax.errors import UserError
+from tests.data import vocabulary_kinds as kinds
 from tests.data.pieces import sentencepiece_model
 
 NAMES = st.sampled_from(["bytes", "passkey_words"])
@@ -38,6 +39,22 @@ def test_the_text_is_the_papers(name, tmp_path):
   assert vocabulary.decode(tokens.tolist()) == the_paper(key, f"{FILLER} {FILLER}")
   assert tokens.dtype == np.int32 and weights.dtype == np.float32
   assert weights[-1] == 1 and set(weights) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", kinds.ENCODERS)
+def test_the_text_is_the_papers_for_tokenizers_that_put_spaces_before_texts(kind):
+  vocabulary = kinds.encoding_kind(kind)
+  layout = PassKeyFormat(vocabulary)
+  filler = len(layout._filler)
+  options = dict(question_probability=1.0, question_every=2 * filler)
+  for more in ({}, options):
+    tokens, weights = layout.write(np.random.default_rng(3), 4 * filler, **more)
+    text = vocabulary.decode(tokens.tolist())
+    key = text[-5:]
+    assert tokens[0] == 1 and 1 not in tokens[1:]
+    assert set(vocabulary.decode(tokens[weights > 0].tolist())) <= set(key)
+    if not more:
+      assert text == the_paper(key, " ".join([FILLER] * 4))
 
 
 @hypothesis.given(NAMES, st.integers(0, 700), st.integers(1, 18), st.integers(0, 2**32))
