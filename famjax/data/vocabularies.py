@@ -339,12 +339,12 @@ def check_fits(vocabulary: Vocabulary, vocab_size: int, *, padding: bool = True)
     padding: whether padding is used, as training does. Models of the hub often name an id of
       padding that they have not, and texts are read and written without it.
   """
-  ends = getattr(vocabulary, "stop_ids", (vocabulary.eos_id,))
+  ends = getattr(vocabulary, "stop_ids", None) or (getattr(vocabulary, "eos_id", None),)
   symbols = [("eos_token_id", i) for i in ends]
   symbols += [("the symbol that begins a text", i) for i in begin_ids(vocabulary)]
-  symbols += [("pad_token_id", vocabulary.pad_id)] if padding else []
+  symbols += [("pad_token_id", getattr(vocabulary, "pad_id", None))] if padding else []
   for name, i in symbols:
-    if not 0 <= i < vocab_size:
+    if i is not None and not 0 <= i < vocab_size:
       raise UserError(f"vocabulary {_shown(vocabulary)}: {name} is {outside(vocabulary, i, vocab_size)}")
 
 

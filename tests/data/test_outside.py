@@ -82,14 +82,14 @@ def test_ids_around_texts_fit_the_model(name):
   for wrong in (vocabulary.vocab_size, -1):
     value = (1, wrong) if name.endswith("s") else wrong
     setattr(vocabulary, name, value)
-    with pytest.raises(UserError, match=f"{wrong}, and the model's vocab_size is"):
+    with pytest.raises(UserError, match=f"is {wrong}.*, and the model's ids end at"):
       check_fits(vocabulary, 6 if wrong == 6 else vocabulary.vocab_size)
 
 
 def test_training_is_refused_before_anything_is_written(tmp_path):
   words = load_vocabulary("passkey_words")
   for change, message in (
-      (dict(pad_id=10**6), "id of padding is 1000000, and the model's vocab_size is"),
+      (dict(pad_id=10**6), "pad_token_id is 1000000, and the model's ids end at"),
       (dict(outside={"sky": 300}), "pair 0: lacks"),
   ):
     vocabulary = WordVocabulary(words._symbols)  # pylint: disable=protected-access
