@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
+from famjax.convert import schemas
 from famjax.errors import UserError
+from famjax.formats import shown
 from famjax.model.config import ModelConfig
 
 Json = dict[str, Any]
@@ -37,8 +39,11 @@ _GEMMA_2 = _GEMMA | dict(norm_place="both")
 _CAPS = {"attn_logit_softcapping": "attention_cap", "final_logit_softcapping": "logit_cap"}
 _TRAINED_CONTEXT = "original_max_position_embeddings"
 _ROPE = (
-    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
+    _TRAINED_CONTEXT,
 )  # fmt: skip
+# Types of layers in transformers, and kinds in ModelConfig.
+_LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 SYMBOLS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Switches that famjax has nothing for: each is refused unless it has this value.
 _NEEDED = {
@@ -57,6 +62,7 @@ class Family(NamedTuple):
     names: more names, beside the common ones.
     every: without `layer_types`, each `every`-th layer is global and the others local; 0: all are
       global.
+    typed: transformers reads `layer_types` of this family.
   """
 
   architecture: str
@@ -64,25 +70,36 @@ class Family(NamedTuple):
   usual: Mapping[str, Any] = {}
   names: Mapping[str, str] = {}
   every: int = 0
+  typed: bool = True
 
 
 FAMILIES = {  # by `model_type`; the plainest first, which is what an export prefers
-    "llama": Family("LlamaForCausalLM"),  # SmolLM2 too
-    "mistral": Family("MistralForCausalLM", usual={"sliding_window": 4096}),
+    "llama": Family("LlamaForCausalLM", typed=False),  # SmolLM2 too
+    "mistral": Family(
+        "MistralForCausalLM", usual={"sliding_window": 4096, "num_key_value_heads": 8}, typed=False
+    ),
     "smollm3": Family(
-        "SmolLM3ForCausalLM", usual={"tie_word_embeddings": True, "rope_theta": 2e6}
+        "SmolLM3ForCausalLM",
+        usual={"tie_word_embeddings": True, "rope_theta": 2e6, "num_key_value_heads": 4},
     ),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": "head"}, {"head_dim": 128}),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, {"num_key_value_heads": 32}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {"qk_norm": "head"}, {"head_dim": 128, "num_key_value_heads": 32}
+    ),
     "olmo2": Family(
-        "Olmo2ForCausalLM", {"norm_place": "after", "qk_norm": "width"}, {"rms_norm_eps": 1e-5}
+        "Olmo2ForCausalLM", {"norm_place": "after", "qk_norm": "width"}, {"rms_norm_eps": 1e-5},
+        typed=False,
     ),
-    "gemma": Family("GemmaForCausalLM", _GEMMA, {"tie_word_embeddings": True, "head_dim": 256}),
+    "gemma": Family(
+        "GemmaForCausalLM", _GEMMA,
+        {"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}, typed=False,
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM", _GEMMA_2,
         {
             "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
-            "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "num_key_value_heads": 4, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
         },
         _CAPS, every=2,
     ),
@@ -90,7 +107,8 @@ FAMILIES = {  # by `model_type`; the plainest first, which is what an export pre
         "Gemma3ForCausalLM", _GEMMA_2 | {"qk_norm": "head"},
         {
             "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
-            "sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "num_key_value_heads": 4, "sliding_window": 4096, "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
         },
         _CAPS, every=6,
     ),
@@ -98,23 +116,48 @@ FAMILIES = {  # by `model_type`; the plainest first, which is what an export pre
 
 
 def from_hf(hf: Json) -> ModelConfig:
-  """The configuration of a Hugging Face model, without a memory of ours.
+  """Returns the configuration of a Hugging Face model, without a memory.
 
   Args:
     hf: its `config.json`, as transformers 4 or 5 writes it.
 
   Raises:
-    UserError: the model is of no family in `FAMILIES`, or has something that famjax has not.
+    UserError: The model is of no family in `FAMILIES`, a value is not allowed, or famjax lacks an
+      option of the model.
   """
   kind = hf.get("model_type")
   if hf.get("is_encoder_decoder"):
     raise UserError(
-        f"a model of type {kind!r} is an encoder-decoder, and famjax has decoders: {known()}"
+        f"a model of type {shown(kind)} is an encoder-decoder, and famjax has decoders: {known()}"
     )
-  if kind not in FAMILIES:
-    raise UserError(f"a model of type {kind!r} cannot be converted; {known()}")
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise UserError(f"a model of type {shown(kind)} cannot be converted; {known()}")
   family = FAMILIES[kind]
-  hf = {**family.usual, **hf}
+  hf = {**family.usual, **schemas.checked(hf, schemas.ModelFile, kind)}
+  _refuse_what_is_missing(kind, hf)
+  options = {ours: hf[theirs] for theirs, ours in _COMMON.items() if hf.get(theirs) is not None}
+  options |= {ours: hf[theirs] for theirs, ours in family.names.items() if theirs in hf}
+  if hf.get("tie_word_embeddings") is None:
+    options["tie_embeddings"] = family.usual.get("tie_word_embeddings", False)
+  options |= family.fixed
+  activation = hf.get("hidden_activation") or hf.get("hidden_act")
+  # Gemma 1 was published with "gelu", and transformers runs it with the tanh form.
+  if activation is not None and (kind, activation) != ("gemma", "gelu"):
+    if _ACTIVATIONS.get(activation) != options.get("activation", "silu"):
+      raise UserError(
+          f"{kind}: the activation {shown(activation)} is not one that famjax has for it"
+      )
+  if hf.get("query_pre_attn_scalar") is not None:
+    options["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
+  layers = _layers(kind, family, hf)
+  options |= layers | _rope(kind, family, hf)
+  config = ModelConfig(**options)
+  config.validate()
+  return config.normalised()
+
+
+def _refuse_what_is_missing(kind: str, hf: Json) -> None:
+  """Raises UserError for a key that must be there, or a switch that famjax does not have."""
   if hf.get("quantization_config"):
     raise UserError(f"{kind}: the weights are quantized; fetch the model in bfloat16 or float32")
   missing = [name for name in _REQUIRED if hf.get(name) is None]
@@ -123,18 +166,6 @@ def from_hf(hf: Json) -> ModelConfig:
   for name, value in _NEEDED.items():
     if hf.get(name) not in (value, None):
       raise UserError(f"{kind}: {name} is {hf[name]}, and famjax has {value} alone")
-  options = {ours: hf[theirs] for theirs, ours in _COMMON.items() if hf.get(theirs) is not None}
-  options |= {ours: hf[theirs] for theirs, ours in family.names.items() if theirs in hf}
-  options |= {"tie_embeddings": hf.get("tie_word_embeddings", False), **family.fixed}
-  activation = hf.get("hidden_activation") or hf.get("hidden_act")
-  # Gemma 1 was published with "gelu", and is run with its tanh form all the same.
-  if activation is not None and (kind, activation) != ("gemma", "gelu"):
-    if _ACTIVATIONS.get(activation) != options.get("activation", "silu"):
-      raise UserError(f"{kind}: the activation {activation!r} is not one that famjax has for it")
-  if hf.get("query_pre_attn_scalar") is not None:
-    options["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
-  options |= _layers(kind, family, hf) | _rope(kind, hf)
-  return ModelConfig(**options).normalised()
 
 
 def to_hf(config: ModelConfig) -> Json:
@@ -179,40 +210,53 @@ def _as_family(kind: str, config: ModelConfig) -> Json:
     hf["use_sliding_window"] = False
   elif kind in ("qwen2", "qwen3"):
     hf["use_sliding_window"] = "local" in kinds
-  if "local" in kinds or "sliding_window" in family.usual:
+  if "local" in kinds or kind == "mistral":  # transformers makes masks of Gemma's window in any case
     hf["sliding_window"] = config.local_window
   if kind not in ("llama", "mistral", "olmo2", "gemma"):
     names = {"global": "full_attention", "local": "sliding_attention", "nope": "full_attention"}
     hf["layer_types"] = [names[kind] for kind in kinds]
-  rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-  if config.rope_stretch is not None:
-    low, high, context = config.rope_stretch
-    rope |= {
-        "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": low,
-        "high_freq_factor": high, _TRAINED_CONTEXT: int(context),
-    }  # fmt: skip
-  elif config.rope_factor != 1:
-    rope |= {"rope_type": "linear", "factor": config.rope_factor}
+  rope = _rope_entry(config.rope_theta, config.rope_factor, config.rope_stretch)
   # transformers 4 knows these names alone; 5 takes the first two instead of rope_parameters.
   hf["rope_theta"] = config.rope_theta
   if rope["rope_type"] != "default":
     hf["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
   if kind == "gemma3_text":
-    hf["rope_local_base_freq"] = config.local_rope_theta
-    local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+    theta = config.local_rope_theta or config.rope_theta
+    hf["rope_local_base_freq"] = theta
+    local = _rope_entry(theta, config.local_rope_factor, config.local_rope_stretch)
     rope = {"full_attention": rope, "sliding_attention": local}
   hf["rope_parameters"] = rope
   return hf
 
 
-def carried(like: Json, config: ModelConfig) -> Json:
-  """What an export keeps of the `config.json` that came with its tokenizer.
+def _rope_entry(
+    theta: float, factor: float, stretch: tuple[float, float, float] | None
+) -> Json:
+  """Returns RoPE as `rope_parameters` of transformers 5 has it."""
+  rope = {"rope_type": "default", "rope_theta": theta}
+  if stretch is not None:
+    low, high, context = stretch
+    return rope | {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+        "high_freq_factor": high, _TRAINED_CONTEXT: int(context),
+    }  # fmt: skip
+  return rope | ({"rope_type": "linear", "factor": factor} if factor != 1 else {})
 
-  All of it, but for RoPE, which has names of several versions, where it is of the same network; else
-  only the ids of symbols.
+
+def carried(like: Json, config: ModelConfig) -> Json:
+  """Returns the entries of another `config.json` that an export keeps.
+
+  Args:
+    like: the file that came with the tokenizer.
+    config: of the model that is exported.
+
+  Returns:
+    All entries but RoPE's, which has names of several versions, if the file is of the same network.
+    Its vocabulary may have been resized, and its head untied. Else only the ids of symbols.
   """
+  may_differ = dict(vocab_size=config.vocab_size, tie_embeddings=config.tie_embeddings)
   with contextlib.suppress(UserError):
-    if from_hf(like) == _network(config):
+    if dataclasses.replace(from_hf(like), **may_differ) == _network(config):
       return {name: value for name, value in like.items() if name not in _ROPE}
   return {name: like[name] for name in SYMBOLS if name in like}
 
@@ -222,26 +266,32 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
   count, window = hf["num_hidden_layers"], hf.get("sliding_window")
   if kind == "smollm3":
     every = hf.get("no_rope_layer_interval") or 4
-    turned = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
-    kinds = ["global" if turn else "nope" for turn in turned]
-    if hf.get("use_sliding_window"):
+    has_rope = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
+    kinds = ["global" if has else "nope" for has in has_rope]
+    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
       raise UserError("smollm3: use_sliding_window is set, and famjax has it without alone")
   elif kind == "mistral":
     kinds = ["global" if window is None else "local"] * count
   elif kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
     kinds = ["global"] * count
-  elif hf.get("layer_types"):
-    known = {"full_attention": "global", "sliding_attention": "local"}
-    unknown = set(hf["layer_types"]) - set(known)
+  elif family.typed and hf.get("layer_types"):
+    unknown = set(hf["layer_types"]) - set(_LAYER_TYPES)
     if unknown:
-      raise UserError(f"{kind}: a layer of type {sorted(unknown)[0]!r} is not one that famjax has")
-    kinds = [known[name] for name in hf["layer_types"]]
+      raise UserError(
+          f"{kind}: a layer of type {shown(sorted(unknown)[0])} is not one that famjax has"
+      )
+    kinds = [_LAYER_TYPES[name] for name in hf["layer_types"]]
   elif kind in ("qwen2", "qwen3"):
-    first = hf.get("max_window_layers", 28)
-    kinds = ["local" if layer >= first else "global" for layer in range(count)]
+    first = hf.get("max_window_layers")
+    kinds = ["local" if layer >= (28 if first is None else first) else "global" for layer in range(count)]
   else:
-    every = hf.get("sliding_window_pattern", family.every)
+    every = hf.get("sliding_window_pattern") if kind == "gemma3_text" else None
+    every = every or family.every
     kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
+  if len(kinds) != count:
+    raise UserError(
+        f"{kind}: config.json names the types of {len(kinds)} layers, and num_hidden_layers is {count}"
+    )
   if set(kinds) == {"global"}:
     return {}
   if "local" in kinds and window is None:
@@ -250,38 +300,70 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
   return {"layer_kinds": tuple(kinds), **local}
 
 
-def _rope(kind: str, hf: Json) -> Json:
-  """RoPE's base and scaling; transformers 5 keeps them in `rope_parameters`, 4 in several places."""
-  given = hf.get("rope_parameters") or {}
-  options = {}
+def _rope(kind: str, family: Family, hf: Json) -> Json:
+  """Returns the options of RoPE, of global and of local layers.
+
+  transformers 5 writes `rope_parameters`, flat or with an entry for each type of layer; 4 writes
+  `rope_scaling` and `rope_theta`. Where several are there, the order is that of transformers 5.
+  """
+  parameters, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+  theta, context = hf.get("rope_theta") or 10000.0, hf.get("max_position_embeddings")
   if kind == "gemma3_text":
-    local = given.get("sliding_attention", {})
-    if local.get("rope_type", "default") != "default":
-      raise UserError(f"{kind}: RoPE of local layers is scaled, and famjax has it unscaled alone")
-    options["local_rope_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
-    given = given.get("full_attention", given)
-  scaling = hf.get("rope_scaling") or {}
-  if not isinstance(scaling, dict) or not isinstance(given, dict):
-    raise UserError(f"{kind}: its RoPE in config.json is no JSON object")
-  given = {**given, **scaling}  # in the order of transformers
-  if given.get("partial_rotary_factor", 1.0) != 1.0:
+    local = parameters.get("sliding_attention") or {}
+    local = _one_rope(kind, local, hf["rope_local_base_freq"] or 10000.0, context)
+    entry = parameters.get("full_attention") or {}
+    if isinstance(entry, dict):
+      entry = {**entry, **scaling}
+    return _one_rope(kind, entry, theta, context) | _of_local(local)
+  parameters = scaling or parameters
+  if not set(_LAYER_TYPES) & set(parameters):
+    flat = {**parameters, _TRAINED_CONTEXT: hf[_TRAINED_CONTEXT]} if hf.get(_TRAINED_CONTEXT) else parameters
+    rope = _one_rope(kind, flat, theta, context)
+    return rope | _of_local(rope)
+  if not family.typed:
+    raise UserError(
+        f"{kind}: RoPE in config.json has an entry for each type of layer, and transformers has none"
+        " for this family: leave one entry, without the name of a type"
+    )
+  entries = [parameters.get(name) or {} for name in _LAYER_TYPES]
+  full, local = (_one_rope(kind, entry, theta, context) for entry in entries)
+  return full | _of_local(local)
+
+
+def _of_local(rope: Json) -> Json:
+  """Returns the options of RoPE under the names that they have for local layers."""
+  return {f"local_{name}": value for name, value in rope.items()}
+
+
+def _one_rope(kind: str, entry: Any, theta: float, context: int | None) -> Json:
+  """Returns `rope_theta`, `rope_factor` and `rope_stretch` of one entry of `config.json`.
+
+  Args:
+    kind: the family.
+    entry: a JSON object.
+    theta: base, if the entry has none.
+    context: tokens that a llama3 entry was trained on, if it does not say so.
+  """
+  entry = schemas.checked(entry, schemas.Rope, f"{kind}: RoPE in config.json")
+  entry = {name: value for name, value in entry.items() if value is not None}
+  if entry.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone")
-  options["rope_theta"] = float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-  match given.get("rope_type", given.get("type", "default")):
+  rope = {"rope_theta": entry.get("rope_theta", theta), "rope_factor": 1.0, "rope_stretch": None}
+  match entry.get("rope_type", entry.get("type", "default")):
     case "default":
-      return options
+      return rope
     case "linear":
       names = ("factor",)
     case "llama3":
       names = ("factor", "low_freq_factor", "high_freq_factor", _TRAINED_CONTEXT)
-      given = {_TRAINED_CONTEXT: hf.get("max_position_embeddings"), **given}
+      entry = {_TRAINED_CONTEXT: context, **entry}
     case other:
-      raise UserError(f"{kind}: RoPE of type {other!r} is not one that famjax has")
-  missing = [name for name in names if given.get(name) is None]
+      raise UserError(f"{kind}: RoPE of type {shown(other)} is not one that famjax has")
+  missing = [name for name in names if entry.get(name) is None]
   if missing:
     raise UserError(f"{kind}: its RoPE lacks {missing[0]} in config.json")
-  factor, *stretch = (given[name] for name in names)
-  return options | {"rope_factor": factor, "rope_stretch": tuple(stretch) or None}
+  factor, *stretch = (entry[name] for name in names)
+  return rope | {"rope_factor": factor, "rope_stretch": tuple(stretch) or None}
 
 
 def known() -> str:

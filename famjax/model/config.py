@@ -162,10 +162,13 @@ class ModelConfig:
     activation: of the feed-forward's gate, "silu" or "gelu" (its tanh form).
     scale_embeddings: token embeddings and the FAM prompt are multiplied by D ** 0.5 (Gemma).
     layer_kinds: of each layer: "global"; "local", whose tokens see `local_window` tokens at most,
-      with RoPE of `local_rope_theta`, unscaled; or "nope", without RoPE. Fewer than `num_layers`
-      are a pattern: it repeats, and is cut at the last layer. None: all are global.
+      with a RoPE of their own; or "nope", without RoPE. Fewer than `num_layers` are a pattern: it
+      repeats, and is cut at the last layer. None: all are global.
     local_window: of local layers, on top of what their memory lets them see.
-    local_rope_theta: of local layers; None: `rope_theta`.
+    local_rope_theta: `rope_theta` of local layers; None: the same.
+    local_rope_factor: `rope_factor` of local layers. The default leaves them unscaled, as Gemma 3
+      does; Mistral, Qwen and Gemma 2 scale all layers alike.
+    local_rope_stretch: `rope_stretch` of local layers.
     lora_rank: every matrix that `lora_targets` name gets a product of this rank added to it, whose
       two factors are parameters of their own (LoRA); 0: none.
     lora_alpha: the product is multiplied by lora_alpha / lora_rank; None: by 1.
@@ -214,6 +217,8 @@ class ModelConfig:
   layer_kinds: tuple[str, ...] | None = None
   local_window: int | None = None
   local_rope_theta: float | None = None
+  local_rope_factor: float = 1.0
+  local_rope_stretch: tuple[float, float, float] | None = None
   lora_rank: int = 0
   lora_alpha: float | None = None
   lora_targets: tuple[str, ...] = ("attention", "feedforward")
@@ -227,7 +232,8 @@ class ModelConfig:
   memory: MemoryConfig = MemoryConfig()
 
   def __post_init__(self):
-    for name in ("rope_stretch", "layer_kinds", "lora_targets"):  # JSON and gin give lists
+    # JSON and gin give lists.
+    for name in ("rope_stretch", "local_rope_stretch", "layer_kinds", "lora_targets"):
       if getattr(self, name) is not None:
         object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.layer_kinds and len(self.layer_kinds) < self.num_layers:  # a pattern
@@ -271,7 +277,7 @@ class ModelConfig:
   def normalised(self) -> "ModelConfig":
     """The same model, of several ways to say the same one."""
     usual = self.model_dim / self.num_heads
-    local = self.layer_kinds is not None and "local" in self.layer_kinds
+    local = "local" in self.kinds()
     named = tuple(name for name in PROJECTIONS if self.lora_rank_of(name))
     return dataclasses.replace(
         self,
@@ -280,11 +286,25 @@ class ModelConfig:
         ff_dim=self.hidden_width,
         layer_kinds=None if self.kinds() == ("global",) else self.layer_kinds,
         local_window=self.local_window if local else None,
-        local_rope_theta=self.local_rope_theta if local else None,
+        **self._normalised_rope(),
         query_scale=None if self.attention_scale == self.head_width**-0.5 else self.query_scale,
         lora_alpha=None if self.lora_scale == 1 else self.lora_alpha,
         lora_targets=ModelConfig.lora_targets if named in ((), PROJECTIONS) else named,
     )
+
+  def _normalised_rope(self) -> dict[str, Any]:
+    """Returns the RoPE options without those of a kind of layer that the model does not have."""
+    options = {"local_rope_theta": None, "local_rope_factor": 1.0, "local_rope_stretch": None}
+    if "local" not in self.kinds():
+      return options
+    theta = self.local_rope_theta or self.rope_theta
+    if "global" not in self.kinds():  # then one RoPE turns all layers
+      options |= {"rope_theta": theta, "rope_factor": self.local_rope_factor}
+      options |= {"rope_stretch": self.local_rope_stretch}
+    elif theta != self.rope_theta:
+      options["local_rope_theta"] = theta
+    options |= {"local_rope_factor": self.local_rope_factor}
+    return options | {"local_rope_stretch": self.local_rope_stretch}
 
   def kinds(self) -> tuple[str, ...]:
     """The kinds of layers that there are; `of_kind` says what each is."""
@@ -301,8 +321,8 @@ class ModelConfig:
     return dataclasses.replace(
         plain,
         rope_theta=self.local_rope_theta or self.rope_theta,
-        rope_factor=1.0,
-        rope_stretch=None,
+        rope_factor=self.local_rope_factor,
+        rope_stretch=self.local_rope_stretch,
         memory=dataclasses.replace(self.memory, window=min(windows)),
     )
 
@@ -315,7 +335,7 @@ class ModelConfig:
       _at_least(name, getattr(self, name), 1)
     for name in (
         "rope_theta", "rope_factor", "norm_eps", "query_scale", "attention_cap", "logit_cap",
-        "local_rope_theta", "lora_alpha",
+        "local_rope_theta", "local_rope_factor", "lora_alpha",
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
@@ -357,12 +377,8 @@ class ModelConfig:
       )
 
   def _validate_kinds(self):
-    if self.rope_stretch is not None:
-      low, high, context = self.rope_stretch
-      if not 0 < low < high or context <= 0:
-        raise UserError(
-            f"rope_stretch is {self.rope_stretch}; it must be (low, high, context), low < high"
-        )
+    _check_stretch("rope_stretch", self.rope_stretch)
+    _check_stretch("local_rope_stretch", self.local_rope_stretch)
     if self.layer_kinds is None:
       return
     if self.memory.kind not in BUILT_IN:
@@ -377,6 +393,13 @@ class ModelConfig:
       raise UserError(
           f"local_window is {self.local_window}; local layers need one, of 1 token at least"
       )
+
+
+def _check_stretch(name: str, stretch: tuple[float, ...] | None) -> None:
+  if stretch is None:
+    return
+  if len(stretch) != 3 or not 0 < stretch[0] < stretch[1] < math.inf or not 0 < stretch[2] < math.inf:
+    raise UserError(f"{name} is {stretch}; it must be (low, high, context), low < high")
 
 
 def _one_of(name: str, value, allowed) -> None:

@@ -161,7 +161,7 @@ def change(directory, **values):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("a family", "of type 'mamba' cannot be converted; there is llama"),
+        ("a family", 'of type "mamba" cannot be converted; there is llama'),
         ("a shape", r"mlp.down_proj.weight has shape \[32, 48\], and its config.json asks for"),
         ("a tensor too many", r"has the tensor model.layers.2\S+, which no part of its model takes"),
         ("a tensor too few", r"lacks the tensor model.layers.3"),

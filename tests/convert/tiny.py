@@ -57,6 +57,7 @@ def save(
     for name, weight in model.named_parameters():  # far from initial values: everything counts
       one = 1.0 if "norm" in name and "gemma" not in kind else 0.0
       weight.copy_(0.3 * torch.randn_like(weight) + one)
+  transformers.utils.logging.disable_progress_bar()
   model.save_pretrained(directory, max_shard_size=shard)
   return model
 

@@ -93,7 +93,8 @@ FAMILIES = {
     "Gemma 2": fam(
         4, 1, 2, 3, (2, 1), head_dim=6, norm="rms_plus_one", norm_place="both", activation="gelu",
         scale_embeddings=True, query_scale=0.3, attention_cap=1.5, logit_cap=2.0,
-        layer_kinds=("local", "global", "local"), local_window=3,
+        layer_kinds=("local", "global", "local"), local_window=3, rope_factor=3.0,
+        local_rope_factor=4.0, local_rope_stretch=(1.0, 4.0, 20.0),
     ),
     "Gemma 3": fam(
         3, 2, 3, 3, (2, 2), norm="rms_plus_one", norm_place="both", qk_norm="head", activation="gelu",

@@ -253,19 +253,21 @@ def _frequencies(config, kind):
     return np.zeros(_head_dim(config) // 2)
   local = kind == "local"
   theta = config.local_rope_theta if local and config.local_rope_theta else config.rope_theta
+  factor = config.local_rope_factor if local else config.rope_factor
+  stretch = config.local_rope_stretch if local else config.rope_stretch
   result = []
   for pair in range(_head_dim(config) // 2):
     frequency = theta ** (-2 * pair / _head_dim(config))
-    if not local and config.rope_stretch is None:
-      frequency /= config.rope_factor
-    elif not local:  # Llama 3: by wavelength
-      low, high, context = config.rope_stretch
+    if stretch is None:
+      frequency /= factor
+    else:  # Llama 3: by wavelength
+      low, high, context = stretch
       wavelength = 2 * np.pi / frequency
       if wavelength > context / low:
-        frequency /= config.rope_factor
+        frequency /= factor
       elif wavelength >= context / high:
         smooth = (context / wavelength - low) / (high - low)
-        frequency = (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+        frequency = (1 - smooth) * frequency / factor + smooth * frequency
     result.append(frequency)
   return np.array(result)
 

@@ -77,6 +77,8 @@ def test_gradients_go_through_layers_of_several_kinds():
         (dict(qk_norm="all"), "qk_norm 'all' is unknown; choose one of None, head, width"),
         (dict(activation="relu"), "activation 'relu' is unknown"),
         (dict(attention_cap=0.0), "attention_cap is 0.0; it must be above 0"),
+        (dict(local_rope_stretch=(4, 1, 20)), "local_rope_stretch is .*; it must be .low, high"),
+        (dict(local_rope_factor=0.0), "local_rope_factor is 0.0; it must be above 0"),
         (dict(rope_stretch=(4, 1, 20)), "rope_stretch is .*; it must be .low, high, context"),
     ],
 )
