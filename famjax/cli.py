@@ -335,6 +335,15 @@ def _add_convert(commands) -> None:
       help="with peft: the model that LoRA is added to, a directory; for --to=peft also a name on the"
       " hub, which the adapter then carries",
   )  # fmt: skip
+  parser.add_argument(
+      "--resize_vocabulary", action="store_true",
+      help="with --from=hf: grow embedding and head to all ids of the tokenizer; new rows are the mean"
+      " of the old ones",
+  )  # fmt: skip
+  parser.add_argument(
+      "--allow_nonfinite", action="store_true",
+      help="with --from=hf: take weights that are NaN or infinite",
+  )  # fmt: skip
   parser.set_defaults(run=_not_by_gin("famjax.conversion", "convert"))
 
 

@@ -1,6 +1,7 @@
 """`famjax convert`: checkpoints of ours from Hugging Face models and PEFT adapters, and back."""
 
 import argparse
+import json
 import pathlib
 import re
 import shutil
@@ -8,10 +9,10 @@ import shutil
 from flax import traverse_util
 
 from famjax import locks
-from famjax.convert import hf, peft
+from famjax.convert import directories, hf, peft
 from famjax.data import tokenizers, vocabularies
 from famjax.errors import UserError
-from famjax.formats import read_json
+from famjax.formats import inside, read_json
 from famjax.model import lora
 from famjax.model.config import MEMORY_WEIGHTS, ModelConfig
 from famjax.training import adoption, checkpoint, parameters
@@ -29,28 +30,53 @@ def convert(arguments: argparse.Namespace) -> int:
     )
   if arguments.base and "peft" not in (arguments.source, arguments.target):
     raise UserError("--base is what LoRA alone is added to: it goes with --from=peft or --to=peft")
+  for name in ("resize_vocabulary", "allow_nonfinite"):
+    if getattr(arguments, name) and arguments.source != "hf":
+      raise UserError(f"--{name} is of models from Hugging Face: it goes with --from=hf")
   src, dst = pathlib.Path(arguments.src).absolute(), pathlib.Path(arguments.dst).absolute()
   if dst.exists() and not dst.is_dir():
     raise UserError(f"{dst} is a file: name a new directory, or an empty one")
   with locks.held(dst, "directory"):
     if not all(locks.is_lock(path.name) for path in dst.iterdir()):
       raise UserError(f"{dst} is there already: name a new directory, or an empty one")
-    count, dtype = way(src, dst, arguments.base)
+    count, dtype = way(src, dst, arguments)
   print(f"{count:,} parameters of {dtype} written to {dst}")
   return 0
 
 
-def _from_hf(src: pathlib.Path, dst: pathlib.Path, _) -> tuple[int, str]:
+def _from_hf(
+    src: pathlib.Path, dst: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[int, str]:
   if not hf.is_hf(src):
+    directories.refuse(src)
     raise UserError(f"{src} has no config.json of a Hugging Face model")
-  loaded = checkpoint.load_params(src)
-  return _save(dst, loaded.params, loaded.model, loaded.vocabulary, src)
+  params, model = hf.read(
+      src,
+      allow_nonfinite=arguments.allow_nonfinite,
+      resize_vocabulary=arguments.resize_vocabulary,
+  )
+  result = _save(dst, params, model, str(src) if tokenizers.is_in(src) else "bytes", src)
+  rows = read_json(inside(src, "config.json"))["vocab_size"]
+  if model.vocab_size != rows:
+    _write_vocabulary_size(dst, model.vocab_size)
+    print(
+        f"famjax: note: the vocabulary grew from {rows} to {model.vocab_size} ids: each new row is the"
+        " mean of the old ones"
+    )
+  return result
+
+
+def _write_vocabulary_size(dst: pathlib.Path, size: int) -> None:
+  """Sets the vocabulary's size in the config.json that stands beside a copied tokenizer."""
+  config = dst / checkpoint.OWN_TOKENIZER / "config.json"
+  if config.is_file():
+    config.write_text(json.dumps(read_json(config) | {"vocab_size": size}, indent=2) + "\n")
 
 
 def _to_hf(src: pathlib.Path, dst: pathlib.Path, _) -> tuple[int, str]:
   loaded = checkpoint.load_params(src)
   origin = _tokenizer(loaded.vocabulary, src)
-  config = origin / "config.json" if origin else None
+  config = inside(origin, "config.json") if origin and origin.is_dir() else None
   like = read_json(config) if config and config.is_file() else None
   hf.write(dst, *lora.merge(loaded.params, loaded.model), like)
   if origin:
@@ -60,7 +86,10 @@ def _to_hf(src: pathlib.Path, dst: pathlib.Path, _) -> tuple[int, str]:
   return parameters.count(loaded.params), loaded.model.param_dtype
 
 
-def _from_peft(src: pathlib.Path, dst: pathlib.Path, base: str | None) -> tuple[int, str]:
+def _from_peft(
+    src: pathlib.Path, dst: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[int, str]:
+  base = arguments.base
   if not base:
     raise UserError("--from=peft needs --base, the model that the adapter was made for")
   loaded = checkpoint.load_params(base)
@@ -68,7 +97,10 @@ def _from_peft(src: pathlib.Path, dst: pathlib.Path, base: str | None) -> tuple[
   return _save(dst, params, model, loaded.vocabulary, pathlib.Path(base))
 
 
-def _to_peft(src: pathlib.Path, dst: pathlib.Path, base: str | None) -> tuple[int, str]:
+def _to_peft(
+    src: pathlib.Path, dst: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[int, str]:
+  base = arguments.base
   loaded = checkpoint.load_params(src)
   if base and pathlib.Path(base).exists():
     _check_base(loaded, src, pathlib.Path(base))
@@ -137,10 +169,10 @@ def _copy_tokenizer(src: pathlib.Path, dst: pathlib.Path, also: tuple[str, ...] 
   if src.is_file():  # a SentencePiece model
     shutil.copyfile(src, dst / "tokenizer.model")
     return [src.name]
-  files = [name for name in tokenizers.FILES if (src / name).is_file()]
   if not tokenizers.is_in(src):
     return []
+  files = [name for name in tokenizers.FILES if inside(src, name).is_file()]
   dst.mkdir(parents=True, exist_ok=True)
-  for name in (*files, *(name for name in also if (src / name).is_file())):
-    shutil.copyfile(src / name, dst / name)
+  for name in (*files, *(name for name in also if inside(src, name).is_file())):
+    shutil.copyfile(inside(src, name), dst / name)
   return files

@@ -10,9 +10,13 @@ types say what each key may hold. Other keys are allowed, because other programs
     adapter = read(path / "adapter_config.json", Adapter)
 
 A value of another type gives one line: the file, the key, the value, and what is allowed.
+
+`inside` gives the path of a file in a model's directory, and refuses a name or a link that leads
+out of it.
 """
 
 import json
+import os
 import pathlib
 import re
 from typing import Annotated, Any, TypeVar
@@ -33,6 +37,41 @@ Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 _MOST_BYTES = 2**26  # 64 MB, of one JSON file; the index of the largest models has a tenth of it
 _SHOWN = 60  # characters of a value in an error message
+
+
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the path of a file in a directory that others made; the file need not exist.
+
+  Links are followed as long as they stay below the directory, or below the folder of the model in
+  the hub's cache: there `models--OWNER--NAME/snapshots/REVISION/x` links to `../../blobs/HASH`.
+
+  Args:
+    directory: of this machine or, as an `epath.Path`, of a bucket, which has no links.
+    name: plain name of a file, from the code or from another file of the directory.
+
+  Raises:
+    UserError: The name is no plain file name, or it is a link that leads out of the directory.
+  """
+  plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
+  if not plain or name in ("", ".", "..") or "/" in name or "\\" in name:
+    raise UserError(f"{directory} names the file {shown(name)}, which is no plain name of a file in it")
+  path = directory / name
+  if "://" in os.fspath(directory) or not os.path.lexists(path):
+    return path
+  target, root = pathlib.Path(os.path.realpath(path)), pathlib.Path(os.path.realpath(directory))
+  if not any(target.is_relative_to(place) for place in (root, _cached_model(root) or root)):
+    raise UserError(
+        f"{path} is a link to {target}, which is outside of {directory}: copy the file there instead"
+    )
+  return path
+
+
+def _cached_model(directory: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of a model in the hub's cache that a snapshot belongs to, if it is one."""
+  for folder in directory.parents:
+    if folder.name.startswith("models--") and (folder / "blobs").is_dir():
+      return folder if directory.is_relative_to(folder / "snapshots") else None
+  return None
 
 
 def read_json(path: pathlib.Path) -> Json:

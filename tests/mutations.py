@@ -6,8 +6,10 @@
 
 from collections.abc import Callable, Iterator
 import copy
+import json
 import random
 import resource
+import sys
 import time
 from typing import Any
 
@@ -43,6 +45,16 @@ def mutations(document: Any, count: int, seed: int = 0) -> Iterator[Any]:
       for _ in range(2000):
         container[key] = [container[key]]
     yield broken
+
+
+def text(document: Any) -> str:
+  """Returns a document as JSON, however deeply it is nested."""
+  limit = sys.getrecursionlimit()
+  sys.setrecursionlimit(20_000)
+  try:
+    return json.dumps(document)
+  finally:
+    sys.setrecursionlimit(limit)
 
 
 def survives(act: Callable[[], Any], describe: Any = None) -> bool:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from famjax.convert import hf
+from famjax.convert import hf, memory_files, schemas
 from famjax.convert.families import Json, to_hf
+from famjax.convert.tensors import check_finite, load
 from famjax.errors import UserError
-from famjax.formats import read_json
+from famjax.formats import inside, read_json, shown
 from famjax.model import lora
 from famjax.model.config import MEMORY_WEIGHTS, PROJECTIONS, ModelConfig
 
@@ -27,6 +28,8 @@ _MODULES = {  # our projection, and the module's name within its layer
 }
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _LAYERS = "base_model.model.model.layers"
+_INFIX = re.compile(r"(\.lora_[AB])\.default(\.weight)$")  # PEFT's name of the adapter
+_ANYWHERE = re.compile(r"(^|\.)layers\.\d+\..*lora_[AB]")
 _KNOWN = re.compile(
     rf"{re.escape(_LAYERS)}\.\d+\.({'|'.join(map(re.escape, _MODULES.values()))})"
     r"\.lora_[AB]\.weight"
@@ -36,7 +39,7 @@ _PLAIN_WITHOUT = (
     "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
     "fan_in_fan_out", "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices",
     "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "monteclora_config",
+    "monteclora_config", "velora_config",
 )  # fmt: skip
 # How factors started matters where the base's matrices were changed for it, as PiSSA does.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -102,36 +105,69 @@ def from_peft(
     UserError: it is not plain LoRA, or not of this model.
   """
   rank, alpha = _rank_and_alpha(adapter)
+  tensors = _without_infix(tensors)
   strange = sorted(name for name in tensors if not _KNOWN.fullmatch(name))
+  if strange and _ANYWHERE.search(strange[0]) and not strange[0].startswith(f"{_LAYERS}."):
+    raise UserError(
+        f"it has {shown(strange[0])}, and PEFT takes names that begin with {_LAYERS}. and passes over"
+        " all others: rename its tensors, or save it anew with PEFT's save_pretrained"
+    )
   if strange:
     known = ", ".join(module.rpartition(".")[2] for module in _MODULES.values())
-    raise UserError(f"it has {strange[0]}, and famjax has LoRA on {known} alone: {_WAY_OUT}")
+    raise UserError(f"it has {shown(strange[0])}, and famjax has LoRA on {known} alone: {_WAY_OUT}")
   modules = {_KNOWN.fullmatch(name)[1] for name in tensors}
   if not modules:
     raise UserError(f"{_WEIGHTS} holds no tensor: fetch it again")
   targets = tuple(name for name, module in _MODULES.items() if module in modules)
   config = dataclasses.replace(config, lora_rank=rank, lora_alpha=alpha, lora_targets=targets)
   config.validate()
-  factors, unused = {}, set(tensors)
-  for path, shape in hf.shapes(config).items():
-    name, _, factor = path.removeprefix("layers/").rpartition("/")
-    if factor not in lora.NAMES:
-      continue
-    factors[path] = leaf = np.empty(shape, np.float32)
-    for layer, into in enumerate(leaf):
-      tensor = _tensor(layer, name, factor)
-      if tensor not in tensors:
-        raise UserError(f"it lacks {tensor}, and famjax has LoRA in all layers: {_WAY_OUT}")
-      matrix = tensors[tensor].T
-      if matrix.shape != _joined(factor, into.shape):
-        theirs, asked = tensors[tensor].shape, _joined(factor, into.shape)[::-1]
-        raise UserError(f"{tensor} is {list(theirs)}, and rank and base ask for {list(asked)}")
-      into[...] = matrix.reshape(into.shape)
+  shapes = {
+      path: shape
+      for path, shape in hf.shapes(config).items()
+      if path.rpartition("/")[2] in lora.NAMES
+  }
+  for path, shape in shapes.items():  # before any array is made
+    _check_tensors(tensors, path, shape)
+  factors = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+  unused = set(tensors)
+  for path, leaf in factors.items():
+    for tensor, into in zip(_tensors(path, len(leaf)), leaf, strict=True):
+      into[...] = tensors[tensor].T.reshape(into.shape)
       unused.discard(tensor)
   if unused:
     raise UserError(f"it has {min(unused)}, and the base has {config.num_layers} layers alone")
   factors = {path: jnp.asarray(leaf) for path, leaf in factors.items()}
   return traverse_util.unflatten_dict(factors, sep="/"), config
+
+
+def _without_infix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns an adapter's tensors without the adapter's name in theirs, as PEFT takes them."""
+  renamed = {}
+  for name, tensor in tensors.items():
+    plain = _INFIX.sub(r"\1\2", name)
+    if plain in renamed:
+      raise UserError(f"it has {plain} twice, with and without .default: leave the right one")
+    renamed[plain] = tensor
+  return renamed
+
+
+def _tensors(path: str, layers: int) -> list[str]:
+  """Returns the names of a factor's tensors, one for each layer."""
+  name, _, factor = path.removeprefix("layers/").rpartition("/")
+  return [_tensor(layer, name, factor) for layer in range(layers)]
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], path: str, shape: tuple[int, ...]) -> None:
+  """Raises UserError if a factor lacks a tensor, or one has another shape."""
+  rows, columns = _joined(path.rpartition("/")[2], shape[1:])
+  for tensor in _tensors(path, shape[0]):
+    if tensor not in tensors:
+      raise UserError(f"it lacks {tensor}, and famjax has LoRA in all layers: {_WAY_OUT}")
+    found = tensors[tensor].shape
+    if found != (columns, rows):
+      raise UserError(
+          f"{tensor} is {list(found)}, and rank and base ask for {[columns, rows]}"
+      )
 
 
 def write(
@@ -146,7 +182,7 @@ def write(
   path.mkdir(parents=True, exist_ok=True)
   save_file(tensors, path / _WEIGHTS, metadata={"format": "pt"})
   (path / _CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
-  hf.write_memory(path, params, config)
+  memory_files.write_memory(path, params, config)
   return sum(tensor.size for tensor in tensors.values())
 
 
@@ -167,25 +203,29 @@ def read(
   Raises:
     UserError: the adapter is not plain LoRA, or of another model, or cannot be read.
   """
-  if not (path / _CONFIG).is_file():
+  settings, weights = inside(path, _CONFIG), inside(path, _WEIGHTS)
+  if not settings.is_file():
     raise UserError(f"{path} has no {_CONFIG} of a PEFT adapter")
-  if not (path / _WEIGHTS).is_file():
+  if not weights.is_file():
     raise UserError(f"{path} has no {_WEIGHTS}: save the adapter as safetensors first")
   if config.lora_rank:
     raise UserError("the base has LoRA of its own: name the model that the adapter was made for")
-  memory = hf.read_memory(path)
+  memory = memory_files.read_memory(path)
   if memory is not None:
     config = dataclasses.replace(config, memory=memory)
     params = {name: tree for name, tree in params.items() if name not in MEMORY_WEIGHTS}
   try:
-    factors, config = from_peft(hf.load(path / _WEIGHTS), read_json(path / _CONFIG), config)
+    tensors = load(weights)
+    for name, tensor in tensors.items():
+      check_finite(tensor, name, weights)
+    factors, config = from_peft(tensors, read_json(settings), config)
   except UserError as error:
-    raise UserError(f"{path}: {error}") from None
+    raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
   if memory is not None:
-    own = hf.read_memory_weights(path, config)
-    if memory.length and not own:
+    weights = memory_files.read_memory_weights(path, config)
+    if memory.length and not weights:
       raise UserError(f"{path} has a memory without its famjax.safetensors: put that back")
-    params = params | own
+    params = params | weights
   flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(factors)
   return traverse_util.unflatten_dict(flat), config
 
@@ -202,18 +242,19 @@ def _joined(factor: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _rank_and_alpha(adapter: Json) -> tuple[int, float]:
-  """Of plain LoRA; raises UserError for any other adapter."""
-  if adapter.get("peft_type") != "LORA":
-    raise UserError(f"peft_type is {adapter.get('peft_type')!r}, and famjax has LORA alone")
+  """Returns those of plain LoRA; raises UserError for any other adapter."""
+  settings = schemas.checked(adapter, schemas.Adapter, _CONFIG)
+  if settings["peft_type"] != "LORA":
+    raise UserError(f"peft_type is {shown(settings['peft_type'])}, and famjax has LORA alone")
   for name in _PLAIN_WITHOUT:
     if adapter.get(name) and adapter[name] != "none":
-      raise UserError(f"{name} is {adapter[name]!r}, and famjax has plain LoRA alone: {_WAY_OUT}")
-  if adapter.get("init_lora_weights") not in _STARTS:
-    start = adapter["init_lora_weights"]
-    raise UserError(f"init_lora_weights is {start!r}, which changes the base as well: {_WAY_OUT}")
-  for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-    value = adapter.get(name)
-    if type(value) not in kinds or value <= 0:
-      raise UserError(f"{name} is {value!r} in {_CONFIG}, and it must be a number above 0")
-  rank, alpha = adapter["r"], float(adapter["lora_alpha"])
-  return rank, alpha * rank**0.5 if adapter.get("use_rslora") else alpha
+      raise UserError(
+          f"{name} is {shown(adapter[name])}, and famjax has plain LoRA alone: {_WAY_OUT}"
+      )
+  start = settings["init_lora_weights"]
+  if start not in _STARTS:
+    raise UserError(
+        f"init_lora_weights is {shown(start)}, which changes the base as well: {_WAY_OUT}"
+    )
+  rank, alpha = settings["r"], settings["lora_alpha"]
+  return rank, alpha * rank**0.5 if settings["use_rslora"] else alpha

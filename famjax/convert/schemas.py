@@ -80,13 +80,31 @@ class Index(msgspec.Struct):
 
 
 class Adapter(msgspec.Struct):
-  """`adapter_config.json` of PEFT's LoRA; `convert.peft` refuses other adapters by hand."""
+  """`adapter_config.json` of PEFT's LoRA, with PEFT's defaults."""
 
-  peft_type: _Text = UNSET
-  r: formats.Count | None = None
-  lora_alpha: _Positive = UNSET
-  use_rslora: _Flag = UNSET
-  init_lora_weights: Any = UNSET
+  peft_type: str | None = None
+  r: Width = 8
+  lora_alpha: formats.Positive = 8.0
+  use_rslora: bool | None = False
+  init_lora_weights: bool | str | None = True
+
+
+_Option = bool | int | float | str | None
+_Options = dict[str, _Option | list[_Option]]
+
+
+class Memory(msgspec.Struct):
+  """`famjax.json`; `MemoryConfig.validate` checks the rest."""
+
+  kind: str | UnsetType = UNSET
+  block_size: Width | UnsetType = UNSET
+  memory_segments: Annotated[int, msgspec.Meta(ge=0, le=2**20)] | UnsetType = UNSET
+  fam_length: Annotated[int, msgspec.Meta(ge=0, le=2**24)] | UnsetType = UNSET
+  fam_init: str | UnsetType = UNSET
+  fam_position: str | UnsetType = UNSET
+  stop_gradient: bool | UnsetType = UNSET
+  window: formats.Count | None | UnsetType = UNSET
+  options: _Options | list[tuple[str, _Option | list[_Option]]] | UnsetType = UNSET
 
 
 def checked(found: Any, schema: type[msgspec.Struct], where: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from famjax import formats
-from famjax.convert import hf
+from famjax.convert import directories, hf
 from famjax.data import tokenizers
 from famjax.data.vocabularies import same_vocabulary
 from famjax.errors import UserError
@@ -337,7 +337,7 @@ def read_model(path: str | pathlib.Path) -> ModelConfig:
 
 def _steps_at(path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
   """The directory of the checkpoints that a path means, and which there are, in rising order."""
-  hf.refuse_t5x(path)
+  directories.refuse(path)
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   steps = list_steps(directory)
   return (path.parent, [int(path.name)]) if not steps and path.name.isdigit() else (directory, steps)

@@ -152,7 +152,8 @@ def test_the_adapters_memory_or_else_the_bases(has_memory, places, plain, tmp_pa
   shutil.copytree(places / "adapter", tmp_path, dirs_exist_ok=True)
   prompt, memory = np.ones((3, 32), np.float32), dataclasses.replace(FAM, fam_length=3)
   if not has_memory:
-    (tmp_path / "famjax.json").unlink()
+    for name in ("famjax.json", "famjax.safetensors"):
+      (tmp_path / name).unlink()
   params, config = plain
   params, config = ours.read(
       tmp_path, params | {"fam_prompt": prompt}, dataclasses.replace(config, memory=memory)
@@ -172,16 +173,22 @@ def rename(directory, old, new):
 @pytest.mark.parametrize(
     "what, message",
     [
-        (dict(use_dora=True), "use_dora is True, and famjax has plain LoRA alone: merge it"),
-        (dict(bias="all"), "bias is 'all', and famjax has plain LoRA alone: merge it"),
-        (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
-        (dict(rank_pattern={"q_proj": 8}), "rank_pattern is {'q_proj': 8}"),
-        (dict(alpha_pattern={"q_proj": 8}), "alpha_pattern is {'q_proj': 8}"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base"),
-        (dict(peft_type="IA3"), "peft_type is 'IA3', and famjax has LORA alone"),
-        (dict(r=None), "r is None in adapter_config.json, and it must be a number above 0"),
-        (dict(lora_alpha=0), "lora_alpha is 0 in adapter_config.json, and it must be a number"),
+        (dict(use_dora=True), "use_dora is true, and famjax has plain LoRA alone: merge it"),
+        (dict(bias="all"), 'bias is "all", and famjax has plain LoRA alone: merge it'),
+        (dict(modules_to_save=["lm_head"]), r'modules_to_save is \["lm_head"\]'),
+        (dict(rank_pattern={"q_proj": 8}), 'rank_pattern is {"q_proj": 8}'),
+        (dict(alpha_pattern={"q_proj": 8}), 'alpha_pattern is {"q_proj": 8}'),
+        (dict(init_lora_weights="pissa"), 'init_lora_weights is "pissa", which changes the base'),
+        (dict(peft_type="IA3"), 'peft_type is "IA3", and famjax has LORA alone'),
+        (dict(r=None), "adapter_config.json: r is null: Expected int"),
+        (dict(lora_alpha=0), "adapter_config.json: lora_alpha is 0: Expected float > 0"),
         (dict(r=4), r"k_proj.lora_A.weight is \[3, 32\], and rank and base ask for \[4, 32\]"),
+        (dict(use_rslora="yes"), 'use_rslora is "yes": Expected bool'),
+        (("base_model.model.model.", "model."), "PEFT takes names that begin with base_model.model"),
+        (("base_model.model.model.", ""), "PEFT takes names that begin with base_model.model"),
+        (("model.layers", "model.model.layers"), "PEFT takes names that begin with base_model.model"),
+        (("model.layers", "language_model.layers"), "PEFT takes names that begin with base_model"),
+        ((".weight", ""), "famjax has LoRA on q_proj, .* alone"),
         (("mlp.up_proj", "mlp.fc1"), r"has \S+mlp.fc1\S+, and famjax has LoRA on q_proj, .* alone"),
         (("model.layers.2", "gone"), r"lacks \S+layers.2\S+, and famjax has LoRA in all layers"),
         (("model.layers.2.mlp.up", "model.layers.3.mlp.up"), "lacks .*layers.2.mlp.up_proj"),
@@ -204,6 +211,23 @@ def test_adapters_that_cannot_be_taken(what, message, places, plain, tmp_path):
   with pytest.raises(UserError, match=message) as error:
     ours.read(tmp_path, *plain)
   assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_name_of_the_adapter_in_names_of_tensors(places, plain, tmp_path):
+  """As torch's state_dict has them; PEFT takes both alike."""
+  shutil.copytree(places / "adapter", tmp_path / "in")
+  rename(tmp_path / "in", ".weight", ".default.weight")
+  same(ours.read(places / "adapter", *plain), ours.read(tmp_path / "in", *plain))
+  adapted = [
+      theirs(peft.PeftModel.from_pretrained(tiny.load(places / "base"), directory).eval())
+      for directory in (places / "adapter", tmp_path / "in")
+  ]
+  np.testing.assert_array_equal(*adapted)
+  tensors = load_file(tmp_path / "in" / _WEIGHTS)
+  name = min(tensors)
+  save_file(tensors | {name.replace(".default", ""): tensors[name]}, tmp_path / "in" / _WEIGHTS)
+  with pytest.raises(UserError, match="twice, with and without .default"):
+    ours.read(tmp_path / "in", *plain)
 
 
 def test_an_adapter_of_a_deeper_model(places, plain):
