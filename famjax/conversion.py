@@ -60,8 +60,8 @@ def _from_hf(
   if model.vocab_size != rows:
     _write_vocabulary_size(dst, model.vocab_size)
     print(
-        f"famjax: note: the vocabulary grew from {rows} to {model.vocab_size} ids: each new row is the"
-        " mean of the old ones"
+        f"famjax: note: the vocabulary grew from {rows} to {model.vocab_size} ids: each new row is"
+        " the mean of the old ones"
     )
   return result
 

@@ -54,14 +54,17 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
   """
   plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
   if not plain or name in ("", ".", "..") or "/" in name or "\\" in name:
-    raise UserError(f"{directory} names the file {shown(name)}, which is no plain name of a file in it")
+    raise UserError(
+        f"{directory} names the file {shown(name)}, which is no plain name of a file in it"
+    )
   path = directory / name
   if "://" in os.fspath(directory) or not os.path.lexists(path):
     return path
   target, root = pathlib.Path(os.path.realpath(path)), pathlib.Path(os.path.realpath(directory))
   if not any(target.is_relative_to(place) for place in (root, _cached_model(root) or root)):
     raise UserError(
-        f"{path} is a link to {target}, which is outside of {directory}: copy the file there instead"
+        f"{path} is a link to {target}, which is outside of {directory}: copy the file there"
+        " instead"
     )
   return path
 

@@ -8,6 +8,7 @@ from famjax.convert.families import known
 from famjax.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHTS = (".gguf", ".safetensors", ".bin")
 _FETCH = "fetch it with: hf download {} --local-dir {}"
 
 
@@ -42,11 +43,13 @@ def _refuse_local(path: pathlib.Path) -> None:
   _refuse_cache(path)
   config = path / "config.json"
   if config.is_symlink() and not config.exists():
-    raise UserError(f"{config} is a link to {config.readlink()}, which is gone: fetch the model again")
-  strange = [file.name for file in path.iterdir() if file.suffix in (".gguf", ".safetensors", ".bin")]
-  if strange and not config.exists():
     raise UserError(
-        f"{path} holds {min(strange)} and no config.json: fetch the whole model of the Hugging Face"
+        f"{config} is a link to {config.readlink()}, which is gone: fetch the model again"
+    )
+  weights = [file.name for file in path.iterdir() if file.suffix in _WEIGHTS]
+  if weights and not config.exists():
+    raise UserError(
+        f"{path} holds {min(weights)} and no config.json: fetch the whole model of the Hugging Face"
         " hub, in safetensors"
     )
 

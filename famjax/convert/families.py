@@ -39,8 +39,8 @@ _GEMMA_2 = _GEMMA | dict(norm_place="both")
 _CAPS = {"attn_logit_softcapping": "attention_cap", "final_logit_softcapping": "logit_cap"}
 _TRAINED_CONTEXT = "original_max_position_embeddings"
 _ROPE = (
-    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
-    _TRAINED_CONTEXT,
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq",
+    "partial_rotary_factor", _TRAINED_CONTEXT,
 )  # fmt: skip
 # Types of layers in transformers, and kinds in ModelConfig.
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
@@ -210,7 +210,8 @@ def _as_family(kind: str, config: ModelConfig) -> Json:
     hf["use_sliding_window"] = False
   elif kind in ("qwen2", "qwen3"):
     hf["use_sliding_window"] = "local" in kinds
-  if "local" in kinds or kind == "mistral":  # transformers makes masks of Gemma's window in any case
+  # Without local layers transformers makes a mask of Gemma's window all the same: not of null.
+  if "local" in kinds or kind == "mistral":
     hf["sliding_window"] = config.local_window
   if kind not in ("llama", "mistral", "olmo2", "gemma"):
     names = {"global": "full_attention", "local": "sliding_attention", "nope": "full_attention"}
@@ -262,8 +263,10 @@ def carried(like: Json, config: ModelConfig) -> Json:
 
 
 def _layers(kind: str, family: Family, hf: Json) -> Json:
-  """Which layers are global, local or without RoPE, and how far the local ones see."""
+  """Returns `layer_kinds` and `local_window`; {}: all layers are global."""
   count, window = hf["num_hidden_layers"], hf.get("sliding_window")
+  first_local = hf.get("max_window_layers")
+  first_local = 28 if first_local is None else first_local
   if kind == "smollm3":
     every = hf.get("no_rope_layer_interval") or 4
     has_rope = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
@@ -282,15 +285,17 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
       )
     kinds = [_LAYER_TYPES[name] for name in hf["layer_types"]]
   elif kind in ("qwen2", "qwen3"):
-    first = hf.get("max_window_layers")
-    kinds = ["local" if layer >= (28 if first is None else first) else "global" for layer in range(count)]
+    window = hf.get("sliding_window", 4096)  # null: no window after all
+    first_local = count if window is None else first_local
+    kinds = ["local" if layer >= first_local else "global" for layer in range(count)]
   else:
     every = hf.get("sliding_window_pattern") if kind == "gemma3_text" else None
     every = every or family.every
     kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
   if len(kinds) != count:
     raise UserError(
-        f"{kind}: config.json names the types of {len(kinds)} layers, and num_hidden_layers is {count}"
+        f"{kind}: config.json names the types of {len(kinds)} layers, and num_hidden_layers is"
+        f" {count}"
     )
   if set(kinds) == {"global"}:
     return {}
@@ -317,13 +322,14 @@ def _rope(kind: str, family: Family, hf: Json) -> Json:
     return _one_rope(kind, entry, theta, context) | _of_local(local)
   parameters = scaling or parameters
   if not set(_LAYER_TYPES) & set(parameters):
-    flat = {**parameters, _TRAINED_CONTEXT: hf[_TRAINED_CONTEXT]} if hf.get(_TRAINED_CONTEXT) else parameters
-    rope = _one_rope(kind, flat, theta, context)
+    if hf.get(_TRAINED_CONTEXT):
+      parameters = {**parameters, _TRAINED_CONTEXT: hf[_TRAINED_CONTEXT]}
+    rope = _one_rope(kind, parameters, theta, context)
     return rope | _of_local(rope)
   if not family.typed:
     raise UserError(
-        f"{kind}: RoPE in config.json has an entry for each type of layer, and transformers has none"
-        " for this family: leave one entry, without the name of a type"
+        f"{kind}: RoPE in config.json has an entry for each type of layer, and transformers reads"
+        " none of them for this family: leave one entry, without the name of a type"
     )
   entries = [parameters.get(name) or {} for name in _LAYER_TYPES]
   full, local = (_one_rope(kind, entry, theta, context) for entry in entries)
@@ -347,7 +353,9 @@ def _one_rope(kind: str, entry: Any, theta: float, context: int | None) -> Json:
   entry = schemas.checked(entry, schemas.Rope, f"{kind}: RoPE in config.json")
   entry = {name: value for name, value in entry.items() if value is not None}
   if entry.get("partial_rotary_factor", 1.0) != 1.0:
-    raise UserError(f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone")
+    raise UserError(
+        f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone"
+    )
   rope = {"rope_theta": entry.get("rope_theta", theta), "rope_factor": 1.0, "rope_stretch": None}
   match entry.get("rope_type", entry.get("type", "default")):
     case "default":

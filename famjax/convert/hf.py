@@ -1,7 +1,7 @@
 """Reads and writes a directory of the Hugging Face hub: `config.json` and safetensors.
 
 A memory that a model was given stands beside them, see `memory_files`. Tensors are read one by one
-into the stacked arrays of `Decoder`, so that no more than the model and one tensor stands in memory.
+into the stacked arrays of `Decoder`: no more than the model and one tensor stands in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -143,15 +143,17 @@ def read(
   return traverse_util.unflatten_dict(leaves, sep="/"), config
 
 
-def write(path: pathlib.Path, params: Params, config: ModelConfig, like: Json | None = None) -> None:
+def write(
+    path: pathlib.Path, params: Params, config: ModelConfig, like: Json | None = None
+) -> None:
   """Writes a model that transformers loads.
 
   Args:
     path: a directory, which is made.
     params: of a `Decoder`.
     config: of the model.
-    like: a `config.json`; where it is of the same network its other entries are kept, and the ids of
-      symbols in any case.
+    like: a `config.json`; where it is of the same network its other entries are kept, and the ids
+      of symbols in any case.
 
   Raises:
     UserError: no family has all options of the model.
@@ -189,9 +191,9 @@ def _refuse_adapter(path: pathlib.Path) -> None:
   """Raises UserError for a model with a PEFT adapter beside it, which transformers adds to it."""
   if all(inside(path, name).is_file() for name in _ADAPTER):
     raise UserError(
-        f"{path} holds an adapter beside its model, and transformers adds the two: move {_ADAPTER[0]}"
-        f" and {_ADAPTER[1]} to a directory of their own, and import them with famjax convert"
-        " --from=peft --base=MODEL"
+        f"{path} holds an adapter beside its model, and transformers adds the two: move"
+        f" {_ADAPTER[0]} and {_ADAPTER[1]} to a directory of their own, and import them with famjax"
+        " convert --from=peft --base=MODEL"
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes a memory beside files that others read: `famjax.json` and `famjax.safetensors`."""
+"""Reads and writes a memory: `famjax.json` and `famjax.safetensors` beside files of others."""
 
 import dataclasses
 import json
@@ -38,7 +38,9 @@ def read_memory(path: pathlib.Path) -> MemoryConfig | None:
   file = inside(path, CONFIG)
   if not file.is_file():
     if inside(path, WEIGHTS).is_file():
-      raise UserError(f"{path} holds {WEIGHTS} of a memory without {CONFIG}: put that back, or move it")
+      raise UserError(
+          f"{path} holds {WEIGHTS} of a memory without {CONFIG}: put that back, or move the weights"
+      )
     return None
   found = read_json(file)
   unknown = set(found) - {field.name for field in dataclasses.fields(MemoryConfig)}

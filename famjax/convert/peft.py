@@ -109,8 +109,8 @@ def from_peft(
   strange = sorted(name for name in tensors if not _KNOWN.fullmatch(name))
   if strange and _ANYWHERE.search(strange[0]) and not strange[0].startswith(f"{_LAYERS}."):
     raise UserError(
-        f"it has {shown(strange[0])}, and PEFT takes names that begin with {_LAYERS}. and passes over"
-        " all others: rename its tensors, or save it anew with PEFT's save_pretrained"
+        f"it has {shown(strange[0])}, and PEFT takes names that begin with {_LAYERS}. and passes"
+        " over all others: rename its tensors, or save it anew with PEFT's save_pretrained"
     )
   if strange:
     known = ", ".join(module.rpartition(".")[2] for module in _MODULES.values())
@@ -217,7 +217,7 @@ def read(
   try:
     tensors = load(weights)
     for name, tensor in tensors.items():
-      check_finite(tensor, name, weights)
+      check_finite(tensor, name, weights, "save or fetch the adapter again")
     factors, config = from_peft(tensors, read_json(settings), config)
   except UserError as error:
     raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""Tensors that say nothing new: they are compared with what they repeat before they are left out."""
+"""Compares tensors that repeat something with what they repeat, before they are left out."""
 
 import dataclasses
 import re

@@ -1,7 +1,7 @@
 """Grows a vocabulary to all ids of its tokenizer.
 
-Fine-tunes add tokens to a tokenizer and now and then forget the model's embedding. transformers'
-`resize_token_embeddings` draws the new rows around the mean of the old ones; here they are the mean.
+Fine-tunes add tokens to a tokenizer and now and then forget the model's embedding. In transformers
+`resize_token_embeddings` draws new rows around the mean of the old ones; here they are the mean.
 """
 
 import pathlib

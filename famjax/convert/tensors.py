@@ -25,11 +25,12 @@ _ROOTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 _CHUNK = 2**20  # numbers that are looked at together, so that they stay in the processor's cache
 _OTHER_FORMATS = {
     ".gguf": "GGUF of llama.cpp: fetch the original model of the Hugging Face hub, in safetensors",
-    ".bin": "PyTorch's own: load it with transformers and save it with save_pretrained, which writes"
-    " safetensors",
+    ".bin": "PyTorch's own: load it with transformers and save it with save_pretrained, which"
+    " writes safetensors",
     ".h5": "TensorFlow's: load it with transformers and save it as PyTorch's, in safetensors",
     ".msgpack": "Flax's: load it with transformers and save it as PyTorch's, in safetensors",
 }
+_NONFINITE = "fetch it again, or import it with famjax convert --from=hf --allow_nonfinite"
 _OTHER_FORMATS |= dict.fromkeys((".pt", ".pth", ".ckpt"), _OTHER_FORMATS[".bin"])
 
 
@@ -113,8 +114,8 @@ class Tensors:
     other = self._stored.setdefault(name, stored)
     if other is not stored and not self._equal(other, stored):
       raise UserError(
-          f"{self.path} has {other.name} and {stored.name} with other values, and transformers takes"
-          " both for the same weight: leave the right one"
+          f"{self.path} has {other.name} and {stored.name} with other values, and transformers"
+          " takes both for the same weight: leave the right one"
       )
 
   def _find(self, name: str) -> _Stored:
@@ -159,19 +160,21 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def check_finite(values: np.ndarray, name: str, where: pathlib.Path) -> None:
+def check_finite(
+    values: np.ndarray, name: str, where: pathlib.Path, way_out: str = _NONFINITE
+) -> None:
   """Raises UserError if some values of a tensor are NaN or infinite.
 
   Args:
     values: contiguous array, float32, bfloat16 or float16.
     name: of the tensor.
     where: file or directory, for the message.
+    way_out: end of the message.
   """
   bad = sum(_nonfinite(chunk) for chunk in _flat_chunks(values))
   if bad:
     raise UserError(
-        f"{where}: {bad} of {values.size} values of {shown(name)} are NaN or infinite: fetch it again,"
-        " or import it as it is with famjax convert --from=hf --allow_nonfinite"
+        f"{where}: {bad} of {values.size} values of {shown(name)} are NaN or infinite: {way_out}"
     )
 
 
@@ -215,8 +218,8 @@ def _read_index(path: pathlib.Path) -> dict[str, str] | None:
       raise UserError(f"{path} lacks {shown(file)}, which its index names: fetch it again")
   if single.is_file() and SINGLE not in files:
     raise UserError(
-        f"{path} holds {SINGLE} and {INDEX}, which names other files ({files[0]}, ...): move away the"
-        " one that is out of date"
+        f"{path} holds {SINGLE} and {INDEX}, which names other files ({files[0]}, ...): move away"
+        " the one that is out of date"
     )
   return file_of
 
@@ -225,11 +228,13 @@ def _check_index(path: pathlib.Path, index: dict[str, str], file: str, names: li
   """Raises UserError if an index and one of its files do not name the same tensors."""
   named = {name for name, place in index.items() if place == file}
   for name in sorted(named - set(names)):
-    raise UserError(f"{path}: {file} lacks {shown(name)}, which the index says it has: fetch it again")
+    raise UserError(
+        f"{path}: {file} lacks {shown(name)}, which the index says it has: fetch it again"
+    )
   for name in sorted(set(names) - named):
     raise UserError(
-        f"{path}: {file} holds {shown(name)}, which {INDEX} does not say: fetch both again, or delete"
-        " the index if there is one file alone"
+        f"{path}: {file} holds {shown(name)}, which {INDEX} does not say: fetch both again, or"
+        " delete the index if there is one file alone"
     )
 
 
@@ -240,11 +245,14 @@ def _refuse_without_weights(path: pathlib.Path) -> None:
     suffix = pathlib.PurePath(file).suffix
     if suffix in _OTHER_FORMATS and file != "training_args.bin":
       raise UserError(
-          f"{path} has no {SINGLE}, and famjax reads no {shown(file)}, which is {_OTHER_FORMATS[suffix]}"
+          f"{path} has no {SINGLE}, and famjax reads no {shown(file)}, which is"
+          f" {_OTHER_FORMATS[suffix]}"
       )
   shards = [file for file in files if re.fullmatch(r"model-.*\.safetensors", file)]
   if shards:
-    raise UserError(f"{path} has {shards[0]} without {INDEX}, which says what it holds: fetch that too")
+    raise UserError(
+        f"{path} has {shards[0]} without {INDEX}, which says what it holds: fetch that too"
+    )
   raise UserError(f"{path} has no {SINGLE}: fetch the weights of the model, in safetensors")
 
 

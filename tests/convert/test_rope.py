@@ -124,6 +124,9 @@ WINDOW = dict(sliding_window=7, layer_types=MIXED)
             ),
         ),
         ("gemma3_text", dict(rope_parameters=KINDS["linear"], rope_theta=THETA, **WINDOW)),
+        # A window that is not there after all, and one that is left out.
+        ("qwen2", dict(use_sliding_window=True, sliding_window=None, max_window_layers=1)),
+        ("qwen3", dict(use_sliding_window=True, max_window_layers=1)),
         # Layer types that transformers does not read.
         ("llama", dict(sliding_window=7, layer_types=MIXED, sliding_window_pattern=2)),
         ("gemma", dict(sliding_window=7, layer_types=MIXED, sliding_window_pattern=2)),

@@ -68,12 +68,17 @@ def test_a_head_of_its_own_under_tied_embeddings(family, tmp_path):
   assert written["max_position_embeddings"] == like["max_position_embeddings"]
 
 
-def test_a_head_that_repeats_the_embedding(copy):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_head_that_repeats_the_embedding(tmp_path, dtype):
+  copy = tmp_path / "in"
+  tiny.save("llama", copy, dtype=dtype, tie_word_embeddings=True)
   params, config = hf.read(copy)
   change(copy, lambda t: t | {HEAD: t[EMBEDDING]})
   again, same = hf.read(copy)
   assert same == config and same.tie_embeddings and "head" not in again
   np.testing.assert_array_equal(again["embedder"]["embedding"], params["embedder"]["embedding"])
+  change(copy, lambda t: t | {HEAD: t[EMBEDDING][::-1].copy()})
+  assert "head" in hf.read(copy)[0]
 
 
 def test_a_head_in_place_of_the_embedding(copy):
