@@ -50,7 +50,8 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     name: plain name of a file, from the code or from another file of the directory.
 
   Raises:
-    UserError: The name is no plain file name, or it is a link that leads out of the directory.
+    UserError: The name is no plain file name, or it is a link that leads out of the directory, or
+      a pipe or a device, which would be waited for.
   """
   plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
   if not plain or name in ("", ".", "..") or "/" in name or "\\" in name:
@@ -66,6 +67,8 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
         f"{path} is a link to {target}, which is outside of {directory}: copy the file there"
         " instead"
     )
+  if target.exists() and not (target.is_file() or target.is_dir()):
+    raise UserError(f"{path} is a pipe or a device: replace it by a file")
   return path
 
 

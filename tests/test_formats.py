@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import msgspec
 import pytest
@@ -73,6 +74,33 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
     file.truncate(2**26 + 1)
   with pytest.raises(UserError, match="larger than"):
     formats.read_json(path)
+
+
+def test_a_file_inside_of_a_directory(tmp_path):
+  directory = tmp_path / "model"
+  directory.mkdir()
+  assert formats.inside(directory, "config.json") == directory / "config.json"
+  (directory / "b.json").symlink_to("config.json")  # to nothing, and not out
+  assert formats.inside(directory, "b.json") == directory / "b.json"
+  bucket = type("Bucket", (), {"__fspath__": lambda self: "gs://b/m", "__truediv__": lambda self, n: n})()
+  assert formats.inside(bucket, "config.json") == "config.json"
+  os.mkfifo(directory / "pipe")
+  with pytest.raises(UserError, match="pipe is a pipe or a device"):
+    formats.inside(directory, "pipe")
+  (directory / "up").symlink_to("..")
+  (directory / "near").symlink_to(tmp_path / "model-of-someone")
+  for name in ("up", "near"):
+    with pytest.raises(UserError, match="which is outside of"):
+      formats.inside(directory, name)
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "..", "a/b", "/etc/passwd", "a\\b", "a\x00", "\ud800", "a" * 256, "a\n", 3, None,
+])  # fmt: skip
+def test_a_name_that_is_no_plain_name_of_a_file(tmp_path, name):
+  with pytest.raises(UserError, match="which is no plain name of a file in it") as refused:
+    formats.inside(tmp_path, name)
+  assert len(str(refused.value).splitlines()) == 1
 
 
 def test_mutations_of_a_document_are_refused_or_fit():

@@ -28,6 +28,16 @@ def refuse(path: pathlib.Path) -> None:
     )
 
 
+def refuse_address(path: str | os.PathLike[str]) -> None:
+  """Raises UserError for an address of the web; names the command that fetches a model."""
+  address = os.fspath(path)
+  if not address.startswith(("http://", "https://")):
+    return
+  name = "/".join(address.partition("//")[2].split("/")[1:3])
+  how = _FETCH.format(name, name.rpartition("/")[2]) if _HUB_NAME.fullmatch(name) else "fetch it"
+  raise UserError(f"{address} is an address, and famjax reads directories: {how}")
+
+
 def _refuse_local(path: pathlib.Path) -> None:
   """Raises UserError for a path of this machine; see `refuse`."""
   if path.is_file():
@@ -70,11 +80,13 @@ def _refuse_hub_name(path: pathlib.Path) -> None:
 def _refuse_cache(path: pathlib.Path) -> None:
   """Raises UserError for a folder of the hub's cache that is above a model's files."""
   folder = path.parent if path.name in ("snapshots", "blobs", "refs") else path
+  if path.parent.name == "snapshots" and not (path / "config.json").exists():
+    folder = path.parent.parent
   if not folder.name.startswith("models--"):
     return
   name = folder.name.removeprefix("models--").replace("--", "/")
   snapshots = folder / "snapshots"
-  held = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+  held = sorted(one for one in snapshots.glob("*") if (one / "config.json").exists())
   if held:
     raise UserError(f"{path} is of the hub's cache, with {name} in {held[-1]}: name that directory")
   raise UserError(

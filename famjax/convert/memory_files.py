@@ -66,14 +66,17 @@ def read_memory_weights(
     allow_nonfinite: NaN and infinite values are taken.
 
   Raises:
-    UserError: The file cannot be read, or holds weights of another memory.
+    UserError: The file cannot be read, or holds weights of another memory, or it is not there and
+      the memory has weights.
   """
-  path = inside(path, WEIGHTS)
+  directory, path = path, inside(path, WEIGHTS)
+  leaves = {name: leaf for name, leaf in all_leaves(config).items() if of_memory(name)}
   if not path.is_file():
+    if leaves:
+      raise UserError(f"{directory} has a memory without its {WEIGHTS}: put that back")
     return {}
   found = tensors.load(path)
   held = {name: list(leaf.shape) for name, leaf in found.items()}
-  leaves = {name: leaf for name, leaf in all_leaves(config).items() if of_memory(name)}
   wanted = {name: list(leaf.shape) for name, leaf in leaves.items()}
   if held != wanted:
     raise UserError(f"{path} holds {shown(held)}, and the memory in {CONFIG} takes {shown(wanted)}")

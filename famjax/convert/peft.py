@@ -222,10 +222,7 @@ def read(
   except UserError as error:
     raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
   if memory is not None:
-    weights = memory_files.read_memory_weights(path, config)
-    if memory.length and not weights:
-      raise UserError(f"{path} has a memory without its famjax.safetensors: put that back")
-    params = params | weights
+    params = params | memory_files.read_memory_weights(path, config)
   flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(factors)
   return traverse_util.unflatten_dict(flat), config
 

@@ -325,6 +325,7 @@ def read_model(path: str | pathlib.Path) -> ModelConfig:
   Raises:
     UserError: as `load_params`.
   """
+  directories.refuse_address(path)
   path = run_directory.place(path)
   if hf.is_hf(path):
     return hf.read_config(path)
@@ -371,6 +372,7 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
   Raises:
     UserError: there is no whole checkpoint, or another version of famjax wrote it.
   """
+  directories.refuse_address(path)
   path = run_directory.place(path)
   where = None
   if placement is not None:

@@ -142,6 +142,11 @@ def test_a_memory_s_weights_without_its_memory(copy):
   refused(copy, "holds famjax.safetensors of a memory without famjax.json")
 
 
+def test_a_memory_without_its_weights(copy):
+  (copy / "famjax.json").write_text(json.dumps({"kind": "fam", "block_size": 8, "fam_length": 2}))
+  refused(copy, "has a memory without its famjax.safetensors: put that back")
+
+
 def test_an_adapter_beside_its_model(copy):
   (copy / "adapter_config.json").write_text("{}")
   hf.read(copy)  # which transformers cannot add
@@ -245,8 +250,10 @@ def test_links_of_the_hub_s_cache(copy, tmp_path):
     with pytest.raises(UserError, match="is of the hub's cache, with owner/name in .*snapshots/0123"):
       famjax.load(str(place))
   shutil.rmtree(snapshot)
-  with pytest.raises(UserError, match="holds no snapshot of owner/name: fetch it with: hf download"):
-    famjax.load(str(model))
+  snapshot.mkdir()
+  for place in (model, snapshot):
+    with pytest.raises(UserError, match="holds no snapshot of owner/name: fetch it with: hf download"):
+      famjax.load(str(place))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -344,6 +351,8 @@ def test_paths_that_are_no_directory(copy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match="hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M"):
     famjax.load("HuggingFaceTB/SmolLM2-135M")
+  with pytest.raises(UserError, match="is an address, .* hf download owner/name --local-dir name"):
+    famjax.load("https://huggingface.co/owner/name/tree/main")
   with pytest.raises(UserError, match="is a file: name the directory"):
     famjax.load(str(copy / FILE))
   (copy / "config.json").unlink()
