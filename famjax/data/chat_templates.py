@@ -13,7 +13,7 @@ from famjax.data import templates
 from famjax.data.tokenizer_files import optional, SpecialTokens, TokenizerConfig
 from famjax.data.text_files import check_text
 from famjax.errors import UserError
-from famjax.formats import check as check_json
+from famjax.formats import check as check_json, inside
 
 Message = dict[str, Any]  # "role" and "content", and whatever else the template knows
 
@@ -172,7 +172,7 @@ def find(directory: pathlib.Path) -> ChatTemplate | None:
   Raises:
     UserError: it cannot be read.
   """
-  path, source = directory / "chat_template.jinja", None
+  path, source = inside(directory, "chat_template.jinja"), None
   config, symbols = (
       optional(directory / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map")
   )

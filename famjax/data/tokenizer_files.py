@@ -17,7 +17,7 @@ import msgspec
 
 from famjax.data.decoding import is_panic
 from famjax.errors import UserError
-from famjax.formats import check, Count, Json, read_json
+from famjax.formats import check, Count, inside, Json, read_json
 
 T = TypeVar("T")
 
@@ -114,6 +114,7 @@ class Tokenizer(msgspec.Struct):
 
 def optional(path: pathlib.Path) -> Json:
   """Returns a file's JSON object; {} if it is not there."""
+  path = inside(path.parent, path.name)
   return read_json(path) if path.is_file() else {}
 
 
@@ -123,7 +124,7 @@ def read_tokenizer(path: pathlib.Path) -> Tokenizer:
   Raises:
     UserError: the file cannot be read, or a part of it is beyond a limit.
   """
-  found = check(read_json(path), Tokenizer, str(path))
+  found = check(read_json(inside(path.parent, path.name)), Tokenizer, str(path))
   for name in ("normalizer", "decoder"):
     growth = _growth(list(_checked(path, name, getattr(found, name))))
     if growth > _GROWTH:

@@ -11,7 +11,7 @@ from famjax.data.tokenizer_files import Config, optional, SpecialTokens, unpanic
 from famjax.data.text_files import check_text
 from famjax.data.vocabularies import outside
 from famjax.errors import UserError
-from famjax.formats import check
+from famjax.formats import check, inside
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
 FILES = (
@@ -22,7 +22,7 @@ FILES = (
 
 def is_in(directory: pathlib.Path) -> bool:
   """Whether a directory has a tokenizer."""
-  return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+  return any(inside(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 class TokenizerVocabulary:

@@ -16,6 +16,7 @@ import numpy as np
 from famjax.data import decoding
 from famjax.data.text_files import check_text
 from famjax.errors import UserError
+from famjax.formats import inside
 
 
 BUILT_IN = ("bytes", "passkey_words")
@@ -377,9 +378,11 @@ def same_vocabulary(a: str, b: str) -> bool:
 def _file(name: str) -> pathlib.Path | None:
   """The file that a vocabulary comes from, if it is there."""
   path = pathlib.Path(name)
-  folders = (path, path / "tokenizer")
-  places = [folder / file for folder in folders for file in ("tokenizer.json", "tokenizer.model")]
-  places = [*places, path]
+  if not path.is_dir():
+    return path if path.is_file() else None
+  folders = [folder for folder in (path, inside(path, "tokenizer")) if folder.is_dir()]
+  files = ("tokenizer.json", "tokenizer.model")
+  places = [inside(folder, file) for folder in folders for file in files]
   return next((place for place in places if place.is_file()), None)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from famjax.data import tokenizer_files
 from famjax.data.tokenizers import TokenizerVocabulary
-from famjax.data.vocabularies import encode_text
+from famjax.data.vocabularies import encode_text, load_vocabulary
 from famjax.errors import UserError
 from tests.data import vocabulary_kinds as kinds
 from tests.mutations import mutations, survives
@@ -273,3 +273,21 @@ def test_numbers_of_numpy_are_tokens(tmp_path):
   ids = vocabulary.encode("the sky")
   assert vocabulary.decode(np.asarray(ids, np.int32)) == "the sky"
   assert _joined(vocabulary, np.asarray(ids, np.int32)) == "the sky"
+
+
+@pytest.mark.parametrize("name", [
+    "tokenizer.json", "config.json", "generation_config.json", "tokenizer_config.json",
+    "chat_template.jinja", "special_tokens_map.json",
+])  # fmt: skip
+def test_a_link_out_of_the_directory_is_refused(tmp_path, name):
+  """Somebody else's directory cannot name files of this machine."""
+  place, secret = tmp_path / "model", tmp_path / "secret"
+  save(place)
+  secret.mkdir()
+  target = secret / name
+  target.write_text((place / name).read_text() if (place / name).exists() else "{}")
+  (place / name).unlink(missing_ok=True)
+  (place / name).symlink_to(target)
+  with pytest.raises(UserError, match="is a link to .*, which is outside of") as refused:
+    load_vocabulary.__wrapped__(str(place)).chat_template  # pylint: disable=expression-not-assigned
+  assert len(str(refused.value).splitlines()) == 1
