@@ -171,8 +171,14 @@ class Decoder(nnx.Module):
       aligned: bool = False,
       within_block: bool = False,
       detached: bool = False,
+      noise: jax.Array | None = None,
   ) -> tuple[jax.Array, State]:
-    """As `__call__`, up to the last layer's output `[B, S, D]`."""
+    """As `__call__`, up to the last layer's output `[B, S, D]`.
+
+    Args:
+      noise: `[B, T, F, D]`, added to the FAM of every layer after each of the T blocks of the call
+        (`memory.disturbed`), for training. None: nothing is added.
+    """
     config, (B, S) = self.config, tokens.shape
     if state is None:
       config.memory.check_context(S)
@@ -195,7 +201,9 @@ class Decoder(nnx.Module):
           "a state with recent tokens reads on within a block alone: write_fam and settle it first"
       )
     kinds = [config.of_kind(kind) for kind in config.kinds()]
-    turns_of_kinds = [turns_of(layout, state.offset, kind) for kind in kinds]
+    turns_of_kinds = [
+        turns_of(layout, state.offset, kind)._replace(noise=noise) for kind in kinds
+    ]
     first = state.fam_updates == 0
 
     def body(kind, carry, layer, prefix, mine):

@@ -81,10 +81,10 @@ def order_of(config: ModelConfig, num_blocks: int) -> str:
 
 def _before_tokens(layer, x, fam, queries, past, own, layout, turns, first, updates, config):
   """`x'` `[B, T, N, D]` and the FAM `[B, F, D]` after so many updates: T, or all but the last."""
-  parts = own.keys, own.values, turns.write, turns.read, layout.full
-  keys, values, write, read, full = _cut(parts, 0, updates)
+  parts = own.keys, own.values, turns.write, turns.read, layout.full, turns.noise
+  keys, values, write, read, full, noise = _cut(parts, 0, updates)
   loop = memory.feedback(
-      layer, fam, keys, values, write, read, first, full, unroll=config.feedback_unroll
+      layer, fam, keys, values, write, read, first, full, noise, unroll=config.feedback_unroll
   )
   seen = KeySet(loop.keys, loop.values)
   if updates < layout.num_blocks:
@@ -114,7 +114,8 @@ def _with_tokens(layer, x, fam, queries, past, own, layout, turns, first, update
         jnp.concatenate([attend(seen), af], axis=2), jnp.concatenate([x[:, t], residual], axis=1)
     )
     out.append(both[:, :N])
-    fam = memory.where_full(_at(layout.full, t), memory.kept(both[:, N:]), fam)
+    new = memory.disturbed(memory.kept(both[:, N:]), _at(turns.noise, t))
+    fam = memory.where_full(_at(layout.full, t), new, fam)
   return jnp.stack(out, axis=1), fam
 
 
@@ -125,6 +126,7 @@ def _write_last(layer, fam, own, layout, turns, first):
   new, *_ = memory.update(
       layer, fam, keys, values, _at(turns.write, t), _at(turns.read, t), first & (t == 0)
   )
+  new = memory.disturbed(new, _at(turns.noise, t))
   return memory.where_full(_at(layout.full, t), new, fam)
 
 

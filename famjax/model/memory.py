@@ -35,6 +35,7 @@ class Turns(NamedTuple):
     read: `[B, T, F, d/2]`, of the FAM that a block sees: the one that the block before it wrote.
     after: `[B, F, d/2]`, of the FAM that the row's next call sees.
     prompt: `[F, d/2]`, of the initial FAM.
+    noise: `[B, T, F, D]`, what `disturbed` adds after each block; None: nothing.
   """
 
   token: Turn
@@ -42,6 +43,7 @@ class Turns(NamedTuple):
   read: Turn
   after: Turn
   prompt: Turn
+  noise: jax.Array | None = None
 
 
 class Feedback(NamedTuple):
@@ -115,6 +117,7 @@ def feedback(
     read: Turn,
     first: jax.Array,
     full: jax.Array | None,
+    noise: jax.Array | None = None,
     *,
     unroll: int = 1,
 ) -> Feedback:
@@ -130,6 +133,7 @@ def feedback(
     first: bool `[B]`, whether an update at the first block would be the row's first.
     full: bool `[B, T]`, whether a block's end is reached in this call; a block that is not full
       does not update the FAM. None: all are.
+    noise: `[B, T, F, D]`, see `disturbed`; None: nothing is added.
     unroll: blocks in one turn of the compiled loop.
   """
 
@@ -138,15 +142,15 @@ def feedback(
   taps, in_turn = in_turns(layer, T, lambda _: (B, F), fam.dtype)
 
   def step(fam, block):
-    t, keys, values, write, read, full, taps = block
+    t, keys, values, write, read, full, noise, taps = block
     new, *seen = update(in_turn(taps), fam, keys, values, write, read, first & (t == 0))
-    return where_full(full, new, fam), seen
+    return where_full(full, disturbed(new, noise), fam), seen
 
   # The axis of the blocks stays, with one of them: what the backward pass keeps of a block's keys
   # is then a slice of those that there are. Without it they would be copied.
   per_block = lambda x: jnp.moveaxis(x, 1, 0)
   keys, values = (per_block(x)[:, :, None] for x in (block_keys, block_values))
-  blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full)), taps
+  blocks = jnp.arange(T), keys, values, *jax.tree.map(per_block, (write, read, full, noise)), taps
   fam, read_back = jax.lax.scan(step, fam, blocks, unroll=unroll)
   return Feedback(fam, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), read_back))
 
@@ -154,6 +158,19 @@ def feedback(
 def where_full(full: jax.Array | None, new: jax.Array, fam: jax.Array) -> jax.Array:
   """The FAM `[B, F, D]` after a block: the new one in rows where it is full, bool `[B]`; None: in all."""
   return new if full is None else jnp.where(full[:, None, None], new, fam)
+
+
+def disturbed(fam: jax.Array, noise: jax.Array | None) -> jax.Array:
+  """Returns a FAM with noise that is relative to its size.
+
+  Args:
+    fam: `[B, F, D]`.
+    noise: `[B, F, D]`, in units of each vector's root mean square; None: there is none.
+  """
+  if noise is None:
+    return fam
+  size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True))
+  return fam + jax.lax.stop_gradient(size) * noise.astype(fam.dtype)
 
 
 def kept(fam: jax.Array) -> jax.Array:

@@ -25,6 +25,9 @@ class TrainConfig:
       of the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop
       to pull a disturbed memory back, and so to hold it longer. Not in the paper.
     fam_noise_from: the first step with that noise.
+    fam_block_noise: Normal noise on the FAM after every block of a step, as a share of its root mean
+      square; each row draws a factor from [0, 1) for it. The loop has to remove the noise block by
+      block, so that what it holds does not drift. Not in the paper.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
     rsp_from: the first step that passes it. The paper starts from a pretrained model and passes at
@@ -51,6 +54,7 @@ class TrainConfig:
   trainable: str | None = None
   fam_noise: float = 0.0
   fam_noise_from: int = 0
+  fam_block_noise: float = 0.0
   rsp_probability: float = 0.0
   rsp_from: int = 0
   random_offset: bool = False
@@ -74,7 +78,7 @@ class TrainConfig:
       if getattr(self, name) < 1:
         raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
     for name in (
-        "seed", "fam_noise", "fam_noise_from", "rsp_from", "eval_every", "look_every",
+        "seed", "fam_noise", "fam_noise_from", "fam_block_noise", "rsp_from", "eval_every", "look_every",
         "checkpoint_every",
     ):  # fmt: skip
       if getattr(self, name) < 0:

@@ -58,12 +58,14 @@ def make_train_step(
   teacher_graph = None if teacher is None else abstract(teacher)[0]
   loss_chunk = config.loss_chunk * _row_parts(placement)
 
-  def loss_of_rows(params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch]):
-    memory, start, batch = rows
+  def loss_of_rows(
+      params: Params, frozen: Params, rows: tuple[State, jax.Array, Batch, jax.Array | None]
+  ):
+    memory, start, batch, noise = rows
     model = nnx.merge(graphdef, join(params, frozen)).gathered()
     hidden, after = model.hidden(
         batch["tokens"], memory, start_of_sequence=start, lengths=batch["lengths"],
-        aligned=True, detached=True,
+        aligned=True, detached=True, noise=noise,
     )  # fmt: skip
     wanted = batch["targets"], batch["weights"], loss_chunk
     if teacher_graph is None:
@@ -97,7 +99,7 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     memory, start = starting_memory(state, batch["start_of_sequence"], model_config, config)
-    rows = (memory, start, batch)
+    rows = (memory, start, batch, block_noise(state, batch["tokens"].shape, model_config, config))
     grads, sums, (fam, updates), after = whole_batch(state.params, state.frozen, rows)
     weight = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding has no gradient
     grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
@@ -176,6 +178,29 @@ def starting_memory(
     memory = restart(memory, passed, fam=state.kept_fam, fam_updates=state.kept_updates)
     start = start & ~passed
   return memory, start
+
+
+def block_noise(
+    state: TrainState, shape: tuple[int, int], model_config: ModelConfig, config: TrainConfig
+) -> jax.Array | None:
+  """Returns the noise of a step on the FAM, `[B, T, F, D]`, the same one in all layers.
+
+  It is normal, `fam_block_noise` times a factor in `[0, 1)` that each row draws.
+
+  Args:
+    state: of the run; its step and random key decide what is drawn.
+    shape: B rows of S tokens.
+    model_config: of the model.
+    config: `fam_block_noise`.
+  """
+  memory = model_config.memory
+  if not config.fam_block_noise or not memory.length:
+    return None
+  B, T = shape[0], shape[1] // memory.block_size
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+  factor_key, normal_key = jax.random.split(jax.random.fold_in(key, 1))
+  factor = config.fam_block_noise * jax.random.uniform(factor_key, (B, 1, 1, 1))
+  return factor * jax.random.normal(normal_key, (B, T, memory.length, model_config.model_dim))
 
 
 def disturbed(fam: jax.Array, key: jax.Array, noise: float | jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training.step import disturbed, join_rows, make_eval_step, split_rows
-from famjax.training.step import starting_memory
+from famjax.training.step import block_noise, starting_memory
 from famjax.training.train_state import split
 from tests.training import toy
 
@@ -181,3 +181,18 @@ def test_noise_begins_at_a_step():
     at = state.replace(step=jnp.int32(step))
     memory, _ = starting_memory(at, np.zeros(4, bool), toy.MODEL, config)
     assert (np.asarray(memory.fam) != 1).any() == moves and memory.fam.dtype == state.carry.fam.dtype
+
+
+def test_noise_of_a_block_is_drawn_per_row_and_step():
+  config = change(toy.TRAIN, fam_block_noise=0.5)
+  state, _ = toy.setting(toy.MODEL)
+  draw = lambda state, config, rows=64: block_noise(state, (rows, 12), toy.MODEL, config)
+  noise = draw(state, config)
+  F, D, N = toy.MODEL.memory.length, toy.MODEL.model_dim, toy.MODEL.memory.block_size
+  assert noise.shape == (64, 12 // N, F, D)
+  sizes = np.asarray(noise).std(axis=(1, 2, 3))
+  assert sizes.max() < 0.6 and sizes.min() < 0.1 and abs(sizes.mean() - 0.25) < 0.06
+  assert not np.array_equal(noise, draw(state.replace(step=state.step + 1), config))
+  np.testing.assert_array_equal(noise, draw(state, config))
+  assert draw(state, toy.TRAIN) is None
+  assert block_noise(state, (2, 12), toy.BSWA, config) is None
