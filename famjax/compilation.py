@@ -28,7 +28,7 @@ from famjax.parallel.placement import AxisRules, Placement
 from famjax.training import distillation, trainable
 from famjax.training.config import TrainConfig
 from famjax.training.flops import flops_per_token, products, reading_flops_per_token
-from famjax.training.loop import check_step
+from famjax.training.checks import check_step
 from famjax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from famjax.training.step import make_train_step
 from famjax.training.train_state import abstract, axes_of, init_train_state, param_axes

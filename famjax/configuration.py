@@ -30,14 +30,13 @@ from famjax.bench.measure import Bench
 from famjax.errors import UserError
 from famjax.evaluation import documents, passkey, questions, report, study, tasks
 from famjax.evaluation.record import Evaluation, Measurement, measure_run
-from famjax.inference.model import assemble
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.parallel.mesh import MeshConfig
 from famjax.parallel.placement import AxisRules
 from famjax.training.adoption import model_of
-from famjax.training.checkpoint import load_params
+from famjax.training.checks import check
 from famjax.training.config import TrainConfig
-from famjax.training.loop import TrainResult, check, train
+from famjax.training.loop import TrainResult, train
 from famjax.training.optimizer import OptimizerConfig
 
 

@@ -24,6 +24,11 @@ def code(trusted: bool) -> Iterator[None]:
     _trusted.reset(token)
 
 
+def trusts_code() -> bool:
+  """Returns whether directories may name code now."""
+  return _trusted.get()
+
+
 def check_kind(kind: str, known: bool, where: str) -> None:
   """Refuses a kind of memory that a directory names and that famjax would have to import.
 
@@ -35,7 +40,7 @@ def check_kind(kind: str, known: bool, where: str) -> None:
   Raises:
     UserError: The kind names code, and the user does not trust the directory.
   """
-  if not known and not _trusted.get():
+  if not known and not trusts_code():
     raise UserError(
         f"{where} has a memory of the kind {kind!r}, which is not part of famjax: import the module"
         " that defines it first. If you trust its authors, --trust_code (trust_code=True in Python)"

@@ -7,7 +7,6 @@ The limits here leave room for every published tokenizer.
 import base64
 import binascii
 from collections.abc import Callable, Iterator
-import json
 import pathlib
 import re
 import threading

@@ -21,7 +21,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from famjax import locks
+from famjax import locks, trust
 from famjax.errors import TerminatedError, UserError
 from famjax.evaluation import report
 
@@ -269,6 +269,7 @@ def _run_job(
     began = time.time()
     arguments = [sys.executable, "-m", "famjax.cli", command]
     arguments += [f"--gin_file={f}" for f in job.gin_files] + [f"--gin.{v}" for v in job.bindings]
+    arguments += ["--trust_code"] * trust.trusts_code()
     process = children.start(arguments)
     if process is None:
       return None
