@@ -186,7 +186,7 @@ def test_a_value_that_makes_no_sense_is_one_line(binding, message):
         ("LONGEST_BLOCKS=8.5", "high is 8.5: it must be int or several"),
         ("EVAL_BLOCKS=('a',)", r"blocks is \('a',\): it must be several int, as \(a, b\)"),
         ("EVAL_BLOCKS=(8.5,)", r"blocks is \(8.5,\)"),
-        ("TrainConfig.follow_rows=False", "fam_noise is 0.7, and no row is followed"),
+        ("TrainConfig.follow_rows=False", "FollowingReader goes on in a document"),
         ("TrainConfig.eval_every=5", "eval_every is 5, and there is no eval_reader"),
         ("ModelConfig.vocab_size=40", "56 entries"),
         ("train.vocabulary=bytes", "train.vocabulary is 'bytes', and the data is made of other to"),

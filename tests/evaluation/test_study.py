@@ -258,8 +258,8 @@ def test_the_quickstart_in_two_steps(tmp_path, monkeypatch, capfd):
   shown = capfd.readouterr().out
   written = json.loads((root / "report.json").read_text())
   fam, bswa = written["results"]
-  assert (fam["name"], bswa["name"]) == ("FAM", "BSWA M1")
-  assert fam["parameters"] - bswa["parameters"] == 8 * 16  # The FAM's prompt.
+  assert (fam["name"], bswa["name"]) == ("FAM", "BSWA M2")
+  assert fam["parameters"] - bswa["parameters"] == 16 * 16  # the FAM's prompt
   for result in (fam, bswa):
     assert set(result["accuracy"]) == {"6", "9"} and result["steps"] == 2
     assert result["longest_trained_blocks"] == 8 and result["train_seconds"] > 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from famjax.errors import UserError
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
 from famjax.training.step import disturbed, join_rows, make_eval_step, split_rows
@@ -196,3 +197,8 @@ def test_noise_of_a_block_is_drawn_per_row_and_step():
   np.testing.assert_array_equal(noise, draw(state, config))
   assert draw(state, toy.TRAIN) is None
   assert block_noise(state, (2, 12), toy.BSWA, config) is None
+
+
+def test_noise_on_rows_that_nothing_follows_is_refused():
+  with pytest.raises(UserError, match="fam_noise is 0.7, and no row is followed"):
+    change(toy.TRAIN, fam_noise=0.7).validate()
