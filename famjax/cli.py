@@ -342,7 +342,7 @@ def _add_convert(commands) -> None:
   )  # fmt: skip
   parser.add_argument(
       "--allow_nonfinite", action="store_true",
-      help="with --from=hf: take weights that are NaN or infinite",
+      help="with hf: take weights that are NaN or infinite",
   )  # fmt: skip
   parser.set_defaults(run=_not_by_gin("famjax.conversion", "convert"))
 

@@ -30,9 +30,10 @@ def convert(arguments: argparse.Namespace) -> int:
     )
   if arguments.base and "peft" not in (arguments.source, arguments.target):
     raise UserError("--base is what LoRA alone is added to: it goes with --from=peft or --to=peft")
-  for name in ("resize_vocabulary", "allow_nonfinite"):
-    if getattr(arguments, name) and arguments.source != "hf":
-      raise UserError(f"--{name} is of models from Hugging Face: it goes with --from=hf")
+  if arguments.resize_vocabulary and arguments.source != "hf":
+    raise UserError("--resize_vocabulary goes with --from=hf")
+  if arguments.allow_nonfinite and "hf" not in (arguments.source, arguments.target):
+    raise UserError("--allow_nonfinite goes with --from=hf or --to=hf")
   src, dst = pathlib.Path(arguments.src).absolute(), pathlib.Path(arguments.dst).absolute()
   if dst.exists() and not dst.is_dir():
     raise UserError(f"{dst} is a file: name a new directory, or an empty one")
@@ -73,8 +74,10 @@ def _write_vocabulary_size(dst: pathlib.Path, size: int) -> None:
     config.write_text(json.dumps(read_json(config) | {"vocab_size": size}, indent=2) + "\n")
 
 
-def _to_hf(src: pathlib.Path, dst: pathlib.Path, _) -> tuple[int, str]:
-  loaded = checkpoint.load_params(src)
+def _to_hf(
+    src: pathlib.Path, dst: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[int, str]:
+  loaded = checkpoint.load_params(src, allow_nonfinite=arguments.allow_nonfinite)
   origin = _tokenizer(loaded.vocabulary, src)
   config = inside(origin, "config.json") if origin and origin.is_dir() else None
   like = read_json(config) if config and config.is_file() else None

@@ -383,6 +383,7 @@ def load(
     *,
     fam_prompt: jax.Array | None = None,
     trust_code: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Model:
   """Loads a model from a directory of ours or of the Hugging Face hub.
 
@@ -394,12 +395,14 @@ def load(
       does not hold, and none is given, it is drawn from the embedding.
     trust_code: Whether the directory may name a Python class ("module:Class") as its memory, which
       is then imported and run. Set it only for directories whose authors you trust.
+    allow_nonfinite: Whether weights may be NaN or infinite.
 
   Raises:
-    UserError: no checkpoint there, or a prompt of another shape.
+    UserError: There is no checkpoint, a weight is NaN or infinite, or a prompt has another shape.
   """
   with trust.code(trust_code):
-    return assemble(load_params(path), memory, fam_prompt=fam_prompt)
+    loaded = load_params(path, allow_nonfinite=allow_nonfinite)
+    return assemble(loaded, memory, fam_prompt=fam_prompt)
 
 
 def assemble(

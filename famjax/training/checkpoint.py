@@ -360,7 +360,9 @@ class Loaded(NamedTuple):
   step: int
 
 
-def load_params(path: str | pathlib.Path, placement: Placement | None = None) -> Loaded:
+def load_params(
+    path: str | pathlib.Path, placement: Placement | None = None, allow_nonfinite: bool = False
+) -> Loaded:
   """Reads the parameters of a checkpoint, for inference or for another run to start from.
 
   Args:
@@ -368,9 +370,11 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
       directory, or a Hugging Face directory (`convert.hf`).
     placement: where the parameters come to lie. Of ours every process reads the parts that its
       devices have; a Hugging Face directory all of them read, tensor by tensor. None: on one device.
+    allow_nonfinite: Whether weights may be NaN or infinite.
 
   Raises:
-    UserError: there is no whole checkpoint, or another version of famjax wrote it.
+    UserError: there is no whole checkpoint, another version of famjax wrote it, or a weight is NaN
+      or infinite.
   """
   directories.refuse_address(path)
   path = run_directory.place(path)
@@ -378,7 +382,7 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
   if placement is not None:
     where = lambda model: placement.shardings(abstract(model)[1], param_axes(model))
   if hf.is_hf(path):
-    params, model = hf.read(path, where=where)
+    params, model = hf.read(path, where=where, allow_nonfinite=allow_nonfinite)
     return Loaded(params, model, str(path) if tokenizers.is_in(path) else "bytes", 0)
   directory, steps = _steps_at(path)
 
@@ -395,6 +399,8 @@ def load_params(path: str | pathlib.Path, placement: Placement | None = None) ->
 
   _, loaded, broken = newest_whole(steps, look, read)
   if loaded is not None:
+    if not allow_nonfinite:
+      parameters.check_finite(loaded.params, f"checkpoint {path}, step {loaded.step}")
     return loaded
   reasons = "; ".join(f"step {step} is not whole ({why})" for step, why in broken)
   why = reasons or "no such directory, or no checkpoint in it"

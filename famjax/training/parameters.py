@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from famjax.errors import UserError
 from famjax.training.train_state import Params
 
 
@@ -28,6 +29,27 @@ def fingerprint(params: Params) -> str:
     digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
     digest.update(np.asarray(_sums(value)).tobytes())
   return digest.hexdigest()
+
+
+def check_finite(params: Params, where: str) -> None:
+  """Raises UserError if a parameter has values that are NaN or infinite.
+
+  Args:
+    params: tree of arrays, wherever their parts are.
+    where: name of the checkpoint, for the error message.
+  """
+  counts = {name: _nonfinite(x) for name, x in names(params).items()}
+  for name, bad in jax.device_get(counts).items():
+    if bad:
+      raise UserError(
+          f"{where}: {bad:,} values of {name} are NaN or infinite: take another checkpoint, or"
+          " famjax.load(..., allow_nonfinite=True)"
+      )
+
+
+@jax.jit
+def _nonfinite(x: jax.Array) -> jax.Array:
+  return jnp.count_nonzero(~jnp.isfinite(x))
 
 
 @jax.jit

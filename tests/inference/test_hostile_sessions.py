@@ -4,13 +4,19 @@ import json
 import random
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import famjax
+from famjax import cli
 from famjax.errors import UserError
 from famjax.inference import session
 from famjax.training import checkpoint
 from tests import mutations
 from tests.inference import tiny
+from tests.training import toy
 
 TEXT = "To read is to forget"
 
@@ -119,3 +125,19 @@ def test_a_pattern_that_would_search_for_hours_is_refused(tmp_path, pattern):
   write(path, document)
   with pytest.raises(UserError, match="lora_targets"):
     checkpoint.load_params(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+  state, _ = toy.setting(tiny.CONFIG)
+  params = jax.tree.map(np.asarray, state.params)
+  scale = params["layers"]["attention_norm"]["scale"].copy()
+  scale[0, 3] = value
+  params["layers"]["attention_norm"]["scale"] = scale
+  about = checkpoint.About(tiny.CONFIG, "bytes")
+  checkpoint.save_params(tmp_path, jax.tree.map(jnp.asarray, params), about)
+  for load in (famjax.load, checkpoint.load_params):
+    with pytest.raises(UserError, match="1 values of layers.attention_norm.scale are NaN or inf"):
+      load(str(tmp_path))
+  assert cli.main(["score", str(tmp_path), "--text=To read"]) == 2
+  assert famjax.load(str(tmp_path), allow_nonfinite=True).config == tiny.CONFIG
