@@ -5,8 +5,8 @@ an exit status. It imports what it needs when it runs, so that `famjax --help` c
 
 Exit status: 0 done; 1 the run diverged, or the step does not fit; 2 bad input; 70 an error of the
 program or of another process, with its traceback; 74 a full disk or a place out of reach; 130
-interrupted; 141 nobody reads the output any more (training and evaluations go on); 143 ended by
-SIGTERM, or by a notice of preemption, and to be started again.
+interrupted; 141 standard output was closed (train, eval, study and bench continue instead); 143
+ended by SIGTERM, or by a notice of preemption, and to be started again.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(e, 2)
   except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
     return _fail(e, 2)
-  except BrokenPipeError:  # `famjax generate ... | head`: nobody wants the rest
-    return _nobody_reads()
+  except BrokenPipeError as e:  # `famjax generate ... | head`: nobody wants the rest
+    return _fail(e, 74) if arguments.survives else _nobody_reads()
   except OSError as e:  # a full disk, a bucket that is out of reach: it may go better later
     return _fail(e, 74)
   except DivergedError as e:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _nobody_reads() -> int:
-  """Ends as other programs do whose output nobody reads any more: without a word."""
+  """Ends quietly, as other programs do when their output pipe closes."""
   from famjax import console  # pylint: disable=import-outside-toplevel
 
   console.silence(sys.stdout)
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
   for name, command in commands.choices.items():
     _add_common_options(command)
     # What leaves its result in a directory goes on when its terminal or pipe is gone.
-    command.set_defaults(survives=name in ("train", "eval", "harness", "study", "bench"))
+    command.set_defaults(survives=name in ("train", "eval", "study", "bench"))
   return parser
 
 

@@ -5,6 +5,7 @@ setting of JAX's own that the user has made (`JAX_COMPILATION_CACHE_DIR`) wins.
 """
 
 import hashlib
+import math
 import os
 import pathlib
 import platform
@@ -23,14 +24,16 @@ _SETTINGS = {
 
 def default_directory() -> pathlib.Path:
   """Returns `famjax/compiled` below the user's cache directory (`XDG_CACHE_HOME`, `~/.cache`)."""
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(home) / "famjax" / "compiled"
+  home = os.environ.get("XDG_CACHE_HOME", "")
+  # The XDG specification ignores relative paths.
+  cache = pathlib.Path(home) if os.path.isabs(home) else pathlib.Path.home() / ".cache"
+  return cache / "famjax" / "compiled"
 
 
 def enable(directory: str | None, gigabytes: float) -> None:
   """Makes JAX keep compiled programs in a directory, from now on.
 
-  Programs that were compiled for another processor stand in another directory below it: a home
+  Programs of each kind of processor are kept in a separate subdirectory: a home
   directory may be shared by machines of several kinds, and a program of one can crash on another.
 
   Args:
@@ -41,13 +44,17 @@ def enable(directory: str | None, gigabytes: float) -> None:
   Raises:
     UserError: The size is not above 0.
   """
-  if not gigabytes > 0:
+  if not 0 < gigabytes < math.inf:
     raise UserError(f"--compile_cache_gb={gigabytes}: use a number above 0, or --compile_cache=off")
-  chosen = directory or os.environ.get("FAMJAX_COMPILE_CACHE") or str(default_directory())
+  chosen = directory or os.environ.get("FAMJAX_COMPILE_CACHE")
+  if directory == OFF:  # for the processes of a study too, and whatever the user has set for JAX
+    os.environ["FAMJAX_COMPILE_CACHE"] = OFF
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   if chosen == OFF or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
     return
-  place = pathlib.Path(chosen).expanduser().absolute() / _processor()
+  place = pathlib.Path()
   try:
+    place = pathlib.Path(chosen or default_directory()).expanduser().absolute() / _processor()
     place.mkdir(parents=True, exist_ok=True)
     writable = os.access(place, os.W_OK)
   except (OSError, RuntimeError):

@@ -6,6 +6,7 @@ Neither is a reason to lose hours of training.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -38,17 +39,24 @@ def surviving() -> Iterator[None]:
 class Surviving:
   """A text stream that drops what it cannot write: a closed pipe, a terminal that is gone.
 
-  Everything else is the stream's own.
+  All other attributes come from the stream.
   """
 
-  def __init__(self, stream: TextIO):
-    """Takes the stream to write to."""
-    self._stream = stream
+  def __init__(self, stream: TextIO | None):
+    """Takes the stream to write to. None, as Python has it for a closed descriptor: nothing is kept."""
+    self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream
 
   def write(self, text: str) -> int:
-    """Writes text, as far as somebody reads it. Returns its length."""
+    """Writes text, as far as somebody reads it. Returns its length.
+
+    A character that the stream's encoding lacks is written as an escape.
+    """
     with self._dropping():
-      self._stream.write(text)
+      try:
+        self._stream.write(text)
+      except UnicodeEncodeError:
+        encoding = self._stream.encoding or "ascii"
+        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     return len(text)
 
   def writelines(self, lines) -> None:
@@ -67,20 +75,36 @@ class Surviving:
   def _dropping(self):
     try:
       yield
-    except (OSError, ValueError):  # ValueError: the stream is closed
-      silence(self._stream)
+    except OSError as error:
+      if error.errno in _GONE:  # another error, such as a full disk, may pass
+        silence(self._stream)
+    except ValueError:
+      if not self._stream.closed:
+        raise
 
 
-def silence(stream: TextIO) -> None:
-  """Sends all that a stream still holds, and all that comes, nowhere.
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
+
+
+def silence(stream: TextIO | None) -> None:
+  """Discards what a stream still buffers and everything that is written to it later.
 
   Python writes what is left of standard output when it ends. To a closed pipe that is an error, and
   the process would end with status 120.
   """
-  with contextlib.suppress(OSError, ValueError):
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    target = stream.fileno()
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
+    os.dup2(nowhere, target)
     os.close(nowhere)
+
+
+def open_closed_descriptors() -> None:
+  """Opens descriptors 0 to 2 that are closed, so that no file of ours gets one of them."""
+  with contextlib.suppress(OSError):
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+      pass
+    os.close(descriptor)
 
 
 class Log:
@@ -92,7 +116,12 @@ class Log:
     Args:
       path: of the file; None: lines are printed and not kept.
     """
-    self._file = None if path is None else path.open("a", encoding="utf-8")
+    if path is None:
+      self._file = None
+    elif "://" in os.fspath(path):
+      self._file = path.open("a", encoding="utf-8")
+    else:  # a line that UTF-8 lacks does not end a run
+      self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
 
   def print(self, *lines: str) -> None:
     """Prints lines, and keeps them."""

@@ -2,9 +2,9 @@
 
 Each process that asks for a directory writes a file of its own into it, `.lock-ID`, and then looks for
 the files of others. Nothing but writing, listing and deleting files is needed, so that it works on a
-disk, on a shared file system and in a bucket alike. Of two that ask at once, at most one gets the lock.
+disk, on a shared file system and in a bucket alike. If two processes ask at once, at most one gets the lock.
 
-A process that was killed leaves its file behind. On the same machine its number tells that it is gone.
+A process that was killed leaves its file behind. On the same machine, the process id shows whether it still runs.
 From another machine, a file that has not changed for `LEASE` seconds is taken to be left behind: the
 holder rewrites it every `BEAT` seconds.
 """
@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Annotated
 import uuid
 
 from etils import epath
@@ -37,17 +38,17 @@ class Holder(msgspec.Struct):
 
   Attributes:
     host: name of the machine.
-    machine: stands for the machine, its start, and the process's namespace.
+    machine: identifies the machine, its current boot and the namespace of process ids.
     pid: number of the process.
     process: time at which the process started, in ticks since the machine started.
     since: local time at which the lock was asked for.
     held: whether the process has got the lock; False: it still asks.
-    beat: how often the file was written.
+    beat: number of times that the file was written.
   """
 
   host: str
   machine: str
-  pid: int
+  pid: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
   process: str
   since: str
   held: bool = False
@@ -56,14 +57,14 @@ class Holder(msgspec.Struct):
   @property
   def words(self) -> str:
     """Host, process and time, as an error message names them."""
-    return f"process {self.pid} on {self.host}, since {self.since}"
+    return f"process {self.pid} on {_plain(self.host)}, since {_plain(self.since)}"
 
 
 class Lock:
   """A lock of one directory, held until `release`."""
 
   def __init__(self, directory: epath.PathLike, what: str):
-    """Takes the directory without asking for it.
+    """Prepares a lock; `acquire` gets it.
 
     Args:
       directory: of this machine or of a bucket.
@@ -71,6 +72,8 @@ class Lock:
     """
     self._directory, self._what = epath.Path(directory), what
     self._file = self._directory / f"{PREFIX}{uuid.uuid4().hex}"
+    self._temporary = self._directory / f".tmp{self._file.name}"
+    self._writing = threading.Lock()
     self._me = Holder(
         socket.gethostname(), _machine(), os.getpid(), _process_start(os.getpid()),
         time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -85,23 +88,31 @@ class Lock:
     Raises:
       UserError: Another process has it. The line names host, process and time.
     """
-    self._made = _make(self._directory)
     try:
+      _make(self._directory, self._made)
       self._write()
+      self._thread.start()  # who asks beats too, so that others know that it lives
       self._wait_for_others()
+      self.check()
       self._me.held = True
       self._write()
     except BaseException:
       self.release()
       raise
-    self._thread.start()
+
+  @property
+  def lost(self) -> bool:
+    """Whether another process has taken over, because this one was suspended."""
+    with contextlib.suppress(OSError):  # a bucket out of reach says nothing
+      self._lost = self._lost or not self._file.exists()
+    return self._lost
 
   def check(self) -> None:
-    """Raises UserError if somebody else has taken the lock, because this process stood still."""
-    if self._lost:
+    """Raises UserError if another process has taken over."""
+    if self.lost:
       raise UserError(
-          f"{self._what} {self._directory}: this process stood still for more than {LEASE:.0f} s, and"
-          " another one has taken over: nothing more is written"
+          f"{self._what} {self._directory}: this process was suspended for more than {LEASE:.0f} s, and"
+          " another process took over the directory; nothing more is saved"
       )
 
   def release(self) -> None:
@@ -109,29 +120,32 @@ class Lock:
     self._ended.set()
     if self._thread.is_alive():
       self._thread.join()
-    with contextlib.suppress(OSError):
-      self._file.unlink()
+    for path in (self._file, self._temporary):
+      with contextlib.suppress(OSError):
+        path.unlink()
     for path in reversed(self._made):
       with contextlib.suppress(OSError):
         if not any(path.iterdir()):
           path.rmdir()
 
   def _write(self) -> None:
+    with self._writing:  # the thread that beats writes too
+      self._write_alone()
+
+  def _write_alone(self) -> None:
     self._me.beat += 1
     text = msgspec.json.encode(self._me).decode()
     if "://" in os.fspath(self._file):  # a bucket writes whole objects
       self._file.write_text(text)
       return
-    temporary = pathlib.Path(self._directory, f".tmp{self._file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(self._file)
+    self._temporary.write_text(text, encoding="utf-8")
+    self._temporary.replace(self._file)
 
   def _beat(self) -> None:
     """Rewrites the file again and again. Runs in a thread of its own."""
     while not self._ended.wait(BEAT):
-      with contextlib.suppress(OSError):  # it may go better next time
-        if not self._file.exists():
-          self._lost = True
+      with contextlib.suppress(Exception):  # it may go better next time; buckets raise anything
+        if self.lost:
           return
         self._write()
 
@@ -147,8 +161,9 @@ class Lock:
         else:
           alive = _is_rewritten(file, other, self._what)
         if not alive:
-          with contextlib.suppress(OSError):
-            file.unlink()
+          for left in (file, file.with_name(f".tmp{file.name}")):
+            with contextlib.suppress(OSError):
+              left.unlink()
           break
         # Both have written before they looked, so that each sees the other: the smaller name stays.
         if other.held or file.name < self._file.name or time.monotonic() > until:
@@ -175,6 +190,10 @@ def is_lock(name: str) -> bool:
   return name.startswith((PREFIX, f".tmp{PREFIX}"))
 
 
+def _plain(text: str) -> str:
+  return text[:60] if text.isprintable() else formats.shown(text)
+
+
 def _locks(directory: epath.Path) -> list[epath.Path]:
   return sorted(path for path in directory.iterdir() if path.name.startswith(PREFIX))
 
@@ -188,7 +207,7 @@ def _read(file: epath.Path) -> Holder | None:
   except FileNotFoundError:
     return None
   except ValueError:  # a `UserError` too: what is no lock of ours is left to whoever made it
-    raise UserError(f"{file} is no lock that famjax understands: delete it") from None
+    raise UserError(f"{file} is not a famjax lock file: delete it if no process uses the directory") from None
 
 
 def _is_rewritten(file: epath.Path, seen: Holder, what: str) -> bool:
@@ -206,14 +225,16 @@ def _is_rewritten(file: epath.Path, seen: Holder, what: str) -> bool:
   return False
 
 
-def _make(directory: epath.Path) -> list[epath.Path]:
-  """Makes a directory; returns those that were not there, the outermost first."""
-  missing, path = [], directory
-  while "://" not in os.fspath(path) and not path.exists() and path != path.parent:
-    missing.insert(0, path)
-    path = path.parent
-  directory.mkdir(parents=True, exist_ok=True)
-  return missing
+def _make(directory: epath.Path, made: list[epath.Path]) -> None:
+  """Makes a directory, and appends those that were not there, the outermost first."""
+  if "://" in os.fspath(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    return
+  for path in reversed([directory, *directory.parents]):
+    if not path.exists():
+      path.mkdir(exist_ok=True)
+      made.append(path)
+  directory.mkdir(exist_ok=True)  # says so if it is a file
 
 
 @functools.cache

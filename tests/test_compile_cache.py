@@ -92,7 +92,7 @@ for n in range(8):
   assert sizes and sum(sizes) <= most
 
 
-@pytest.mark.parametrize("gigabytes", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("gigabytes", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_size_that_makes_no_sense(gigabytes):
   with pytest.raises(UserError, match="--compile_cache_gb"):
     compile_cache.enable(None, gigabytes)
@@ -110,3 +110,24 @@ def test_what_the_user_has_set_for_jax_stays(monkeypatch, tmp_path):
   compile_cache.enable(None, 1.0)
   assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
   assert pathlib.Path(tmp_path).is_dir() and not list(tmp_path.iterdir())
+
+
+def test_off_reaches_other_processes(monkeypatch):
+  for name in ("FAMJAX_COMPILE_CACHE", "JAX_ENABLE_COMPILATION_CACHE"):
+    monkeypatch.setenv(name, "")
+  compile_cache.enable(compile_cache.OFF, 1.0)
+  assert os.environ["FAMJAX_COMPILE_CACHE"] == "off"
+  assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, tmp_path):
+  def fail():
+    raise RuntimeError("Could not determine home directory.")
+
+  for name in ("FAMJAX_COMPILE_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(pathlib.Path, "home", fail)
+  compile_cache.enable(None, 1.0)
+  assert not list(tmp_path.iterdir()) and "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -118,3 +118,50 @@ def test_sighup_is_ignored_meanwhile_alone():
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+class Ascii(io.TextIOWrapper):
+  """A stream of ASCII alone."""
+
+  def __init__(self):
+    super().__init__(io.BytesIO(), encoding="ascii")
+
+
+def test_characters_that_a_stream_lacks_are_escaped(monkeypatch):
+  stream = Ascii()
+  monkeypatch.setattr(sys, "stdout", stream)
+  with console.surviving():
+    print("größer")
+    print("after", flush=True)
+  assert stream.buffer.getvalue() == b"gr\\xf6\\xdfer\nafter\n"
+
+
+def test_an_error_that_passes_drops_one_write_alone(monkeypatch):
+  class Full(io.StringIO):
+    left = 1
+
+    def write(self, text):
+      if self.left and not text.isspace():
+        self.left -= 1
+        raise OSError(28, "No space left on device")
+      return super().write(text)
+
+  stream = Full()
+  monkeypatch.setattr(sys, "stdout", stream)
+  with console.surviving():
+    print("lost")
+    print("kept", flush=True)
+  assert stream.getvalue().split() == ["kept"]
+
+
+def test_a_closed_descriptor_is_no_stream(monkeypatch):
+  monkeypatch.setattr(sys, "stdout", None)
+  with console.surviving():
+    print("nobody reads this", flush=True)
+    sys.stdout.write("nor this")
+  assert sys.stdout is None
+  console.silence(None)
+  before = len(os.listdir("/proc/self/fd"))
+  for _ in range(20):
+    console.silence(io.StringIO())  # has no descriptor
+  assert len(os.listdir("/proc/self/fd")) == before

@@ -138,7 +138,7 @@ def test_a_holder_that_stood_still_writes_nothing_more(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["beat"] > 2
     file.unlink()  # somebody else has taken over
     time.sleep(0.3)
-    with pytest.raises(UserError, match="another one has taken over"):
+    with pytest.raises(UserError, match="another process took over the directory"):
       lock.check()
     assert not files(tmp_path)  # and the lock does not come back
 
@@ -239,3 +239,19 @@ def test_a_lock_is_not_put_beside_other_files(tmp_path, capsys):
   assert cli.main(arguments) == 2
   assert "directory of something else (letter.txt)" in capsys.readouterr().err
   assert files(tmp_path / "s") == ["letter.txt"]
+
+
+def test_nothing_stays_behind_when_a_lock_cannot_be_written(tmp_path):
+  with pytest.raises(OSError):
+    locks.Lock(tmp_path / "a" / ("x" * 300), "run directory").acquire()
+  assert not files(tmp_path)
+
+
+def test_words_of_a_stranger_are_one_plain_line(tmp_path):
+  me = locks.Lock(tmp_path, "x")._me  # pylint: disable=protected-access
+  elsewhere(
+      tmp_path, machine=me.machine, pid=me.pid, process=me.process, host="\x1b[31m", since="a\nb"
+  )
+  with pytest.raises(UserError) as refused:
+    locks.Lock(tmp_path, "run directory").acquire()
+  assert str(refused.value).isprintable()

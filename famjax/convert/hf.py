@@ -120,7 +120,7 @@ def read(
   _check_shapes(path, config, tensors)
   rows = config.vocab_size
   if resize_vocabulary:
-    grown = max(rows, resizing.tokenizer_size(path))
+    grown = max(rows, resizing.tokenizer_size(path, rows))
     config = dataclasses.replace(config, vocab_size=grown)
   redundant.refuse_unread(set(tensors.names) - _tensors_of(config), config, tensors)
   places = {} if where is None else traverse_util.flatten_dict(where(config), sep="/")

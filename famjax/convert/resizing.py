@@ -8,36 +8,32 @@ import pathlib
 
 import numpy as np
 
+from famjax.data import tokenizers, vocabularies
 from famjax.errors import UserError
-from famjax.formats import inside
 
 # Axis of the vocabulary in each parameter that has one.
 AXES = {"embedder/embedding": 0, "head/kernel": 1}
 
 
-def tokenizer_size(path: pathlib.Path) -> int:
+def tokenizer_size(path: pathlib.Path, rows: int) -> int:
   """Returns the largest id of a directory's tokenizer, plus 1; 0: it has no tokenizer.
 
+  Args:
+    path: directory of the model.
+    rows: entries of the model's vocabulary.
+
   Raises:
-    UserError: The tokenizer cannot be read.
+    UserError: The tokenizer cannot be read, or its largest id is far beyond its number of entries.
   """
-  file, model = inside(path, "tokenizer.json"), inside(path, "tokenizer.model")
-  try:
-    if file.is_file():
-      import tokenizers  # pylint: disable=import-outside-toplevel
-
-      ids = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
-      return max(ids, default=-1) + 1
-    if model.is_file():
-      import sentencepiece  # pylint: disable=import-outside-toplevel
-
-      return sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as error:  # tokenizers may panic, which is no Exception
-    reason = " ".join(str(error).split())[:200]
-    raise UserError(f"the tokenizer of {path} cannot be read ({reason}): fetch it again") from None
-  return 0
+  if not tokenizers.is_in(path):
+    return 0
+  size, entries = vocabularies.load_vocabulary(str(path)).all_ids
+  if size > rows + entries:
+    raise UserError(
+        f"{path}: the largest id of its tokenizer is {size - 1:,}, and it has {entries:,} entries"
+        f" for a model of {rows:,}: give its added tokens the ids that come next"
+    )
+  return size
 
 
 def old_part(name: str, leaf: np.ndarray, rows: int) -> np.ndarray:

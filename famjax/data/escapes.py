@@ -14,17 +14,17 @@ Under all three a backslash before any other character stays as it is: `\frac`, 
 
 import re
 
-# Words of TeX that begin with n or t. No text would have what follows the first letter as a word.
+# Words of TeX that begin with n or t, whose rest is no word of a text.
 _NAMES = """
-  nabla napprox narrower natural ncong nearrow neg negmedspace negthickspace negthinspace neq
+  nabla narrower natural ncong nearrow neg negmedspace negthickspace negthinspace neq
   nequiv newcommand newcommandx newcounter newenvironment newfont newlength newline newpage
-  newtheorem nexists ngeq ngeqq ngeqslant ngtr nleftarrow nleftrightarrow nleq nleqq nleqslant
-  nless nmid nobreak nobreakspace nocite noindent nolimits nolinebreak nonfrenchspacing nonumber
-  nopagebreak normalfont normalsize not notag notin nparallel nprec npreceq nrightarrow nshortmid
-  nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq
+  newtheorem ngeq ngeqq ngeqslant ngtr nleftarrow nleftrightarrow nleq nleqq nleqslant
+    nobreak nobreakspace nocite noindent nolimits nolinebreak nonfrenchspacing nonumber
+  nopagebreak normalfont normalsize not notag notin npreceq nrightarrow nshortmid
+  nshortparallel nsubseteq nsubseteqq nsucceq nsupset nsupseteq nsupseteqq
   ntriangleleft ntrianglelefteq ntriangleright ntrianglerighteq nvdash nwarrow nLeftarrow
   nLeftrightarrow nRightarrow nVDash nVdash nvDash tableofcontents tabularnewline tag tanh tau
-  tbinom tensor text[a-z]* tfrac thanks therefore theta thickapprox thicksim thickspace thinspace
+  tbinom tensor text[a-z]+ text(?={) tfrac therefore theta thickapprox thicksim thickspace thinspace
   thispagestyle tikz tilde times tiny title titleformat today top toprule triangle triangledown
   triangleleft trianglelefteq triangleq triangleright trianglerighteq ttfamily twocolumn
   twoheadleftarrow twoheadrightarrow typeout
@@ -32,7 +32,10 @@ _NAMES = """
 _TEX = rf"\\(?:{'|'.join(_NAMES.split())})(?![A-Za-z])"
 # Words of TeX that a text may have as well: "\nu = 3" begins a line with "u = 3".
 _SHORT = r"\\(?:ne|nu|tan|to|tt)(?=[\s\d_^{}$\\=+<>|&-]|$)"
-_SHORT_IN_TEX = r"\\(?:ne|ni|nu|tan|to|tr|tt)(?![A-Za-z])"
+_SHORT_IN_TEX = (
+    r"\\(?:napprox|ne|nexists|ni|nless|nmid|nparallel|nprec|nsim|nsubset|nsucc|nu|tan|text|thanks|to"
+    r"|tr|tt)(?![A-Za-z])"
+)
 _OTHER_TEX = re.compile(rf"(?<!\\)(?:\\(?![nt])[A-Za-z]{{2,}}|{_TEX})")
 _SEGMENT = r'[^\\\s/:*?"<>|]'  # characters of a file name on Windows, also without spaces
 _DRIVE = r"(?<!\w)[A-Za-z]:"

@@ -20,7 +20,7 @@ from typing import Any
 
 from famjax.errors import UserError
 
-_CPU_SECONDS = 2  # of one rendering
+_CPU_SECONDS = 4  # of one rendering
 _SECONDS = 8.0  # of one rendering, however busy the machine is
 _START_SECONDS = 60.0
 _MEMORY = 2**29

@@ -8,6 +8,7 @@ compressed file, and a file with a NUL byte are refused; nothing is replaced or 
 import codecs
 import os
 import pathlib
+import re
 
 from famjax.errors import UserError
 
@@ -16,8 +17,9 @@ _MARKS = {  # UTF-32 first: the mark of UTF-16 begins it
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-_ZSTD, _XZ, _BZIP2 = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh"
-_PACKED = {b"\x1f\x8b": "gunzip", _ZSTD: "unzstd", _XZ: "unxz", _BZIP2: "bunzip2"}
+_ZSTD, _XZ = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ"
+_PACKED = {b"\x1f\x8b": "gunzip", _ZSTD: "unzstd", _XZ: "unxz"}
+_BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")  # text may begin with "BZh"
 
 
 def decode(data: bytes, name: str) -> str:
@@ -50,7 +52,7 @@ def check_start(data: bytes, name: str) -> None:
   """Raises UserError if a file begins as one that is compressed, or in another encoding.
 
   Args:
-    data: first bytes of the file, at least six of them if there are as many.
+    data: first bytes of the file, at least ten of them if there are as many.
     name: of the file, for the error message.
   """
   for mark, encoding in _MARKS.items():
@@ -59,6 +61,8 @@ def check_start(data: bytes, name: str) -> None:
   for mark, program in _PACKED.items():
     if data.startswith(mark):
       raise UserError(f"{name} is compressed: unpack it first, with {program}")
+  if _BZIP2.match(data):
+    raise UserError(f"{name} is compressed: unpack it first, with bunzip2")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

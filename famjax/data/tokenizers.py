@@ -29,7 +29,8 @@ class TokenizerVocabulary:
   """A directory's `tokenizer.json`: text to ids, without the symbols that begin or end a text.
 
   Attributes:
-    vocab_size: the largest id of the tokenizer that the model has too, and 1 more.
+    all_ids: one more than the tokenizer's largest id, and the number of its entries.
+    vocab_size: one more than the largest id that both the tokenizer and the model have.
     outside: ids of tokens that the model has no row for, by their texts. Gemma 3's text models have
       one, of an image.
     eos_id: the first of `stop_ids`.
@@ -159,13 +160,15 @@ class TokenizerVocabulary:
       )
     rows = config.vocab_size or (config.text_config and config.text_config.vocab_size) or size
     self._rows, self.vocab_size = rows, min(size, rows)
+    self.all_ids = size, len(ids)
     self.outside = {name: i for name, i in ids.items() if i >= rows}
 
   def _find_stop_ids(self, config: Config, generation: Config) -> tuple[int, ...]:
     for about in (generation, config):
-      if about.eos_token_id not in (None, []):
-        ids = about.eos_token_id
-        return (ids,) if isinstance(ids, int) else tuple(ids)
+      ids = about.eos_token_id
+      ids = [ids] if isinstance(ids, int) else ids or []
+      if found := tuple(i for i in ids if i != -1):  # -1: none, as for padding
+        return found
     path = pathlib.Path(self.path) / "tokenizer_config.json"
     name = check(optional(path), SpecialTokens, str(path)).names().get("eos_token")
     i = self._tokenizer.token_to_id(name) if name else None

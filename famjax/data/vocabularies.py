@@ -152,6 +152,7 @@ class SentencePieceVocabulary:
     if self._model.eos_id() < 0:
       raise UserError(f"vocabulary {path}: has no end symbol; train it with eos_id set")
     self.vocab_size = self._model.get_piece_size()
+    self.all_ids = self.vocab_size, self.vocab_size
     self.eos_id = self._model.eos_id()
     self.pad_id = max(self._model.pad_id(), 0)
     self.unk_id = self._model.unk_id()
@@ -354,7 +355,7 @@ def outside(vocabulary: Vocabulary, i: int, vocab_size: int) -> str:
   names = {i: name for name, i in getattr(vocabulary, "outside", {}).items()}
   name = f" ({names[i][:60]!r})" if i in names else ""
   return (
-      f"{i}{name}, and the model's ids end at {vocab_size - 1}: convert it with"
+      f"{i}{name}, and the model's ids end at {vocab_size - 1}: import the model with"
       " `famjax convert --from=hf --resize_vocabulary`, or correct the id in config.json and"
       " generation_config.json"
   )

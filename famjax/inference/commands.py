@@ -271,7 +271,7 @@ class Chat:
   def _holds(self, place: str) -> bool:
     """Returns whether a directory is the session that this talk has locked."""
     own = self._arguments.session
-    return own is not None and pathlib.Path(own).absolute() == pathlib.Path(place).absolute()
+    return own is not None and pathlib.Path(own).resolve() == pathlib.Path(place).resolve()
 
   def _prompt(self, line: str) -> str | list[int]:
     """What is read for a line; nothing for an empty turn."""

@@ -117,7 +117,8 @@ def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, position: jax.A
     heat = jnp.where(samplers.temperature > 0, samplers.temperature, 1)[:, None]
     # The likeliest have 0, so that no quotient is infinite but for those that are never drawn.
     best = logits.max(-1, keepdims=True)
-    left = truncated(jnp.where(logits == best, 0, logits - best) / heat, samplers)
+    shifted = jnp.where(logits == best, 0, logits - best) / heat
+    left = truncated(shifted, samplers, best=jnp.zeros_like(best))
     key = lambda seed, place: jax.random.fold_in(jax.random.key(seed), place)
     drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(samplers.seed, position), left)
     return jnp.where(samplers.temperature > 0, drawn.astype(jnp.int32), greedy)
@@ -125,13 +126,20 @@ def pick(logits: jax.Array, seen: jax.Array, samplers: Samplers, position: jax.A
   return jax.lax.cond(jnp.any(samplers.temperature > 0), draw, lambda: greedy)
 
 
-def truncated(logits: jax.Array, samplers: Samplers) -> jax.Array:
-  """Logits `[B, V]` with -inf for the tokens that top-k, top-p and min-p leave out.
+def truncated(
+    logits: jax.Array, samplers: Samplers, best: jax.Array | None = None
+) -> jax.Array:
+  """Returns logits `[B, V]` with -inf for the tokens that top-k, top-p and min-p leave out.
 
   The likeliest token always stays; tokens as likely as the last one that stays do too.
+
+  Args:
+    logits: float32 `[B, V]`.
+    samplers: of the rows.
+    best: float32 `[B, 1]`, the largest logit of each row. None: it is looked for.
   """
   V = logits.shape[-1]
-  best = logits.max(-1, keepdims=True)
+  best = logits.max(-1, keepdims=True) if best is None else best
   lowest = best + jnp.log(samplers.min_p)[:, None]  # min-p; -inf: all stay
 
   def by_rank():
@@ -142,7 +150,7 @@ def truncated(logits: jax.Array, samplers: Samplers) -> jax.Array:
     before = jnp.cumsum(probability, axis=-1) - probability  # of all likelier tokens
     top_p = samplers.top_p[:, None]
     stays = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)  # sums are not exact near 1
-    stays = stays.at[:, 0].set(True)
+    stays = stays | (jnp.arange(V) == 0)
     return jnp.where(stays, ranked, jnp.inf).min(-1, keepdims=True)
 
   some = jnp.any((samplers.top_k > 0) | (samplers.top_p < 1))

@@ -20,7 +20,7 @@ from famjax import formats, locks
 from famjax.errors import UserError
 from famjax.inference.engine import Reading
 from famjax.inference.model import Model
-from famjax.model.config import HOW_IT_RUNS
+from famjax.model.config import HOW_IT_RUNS, ModelConfig
 from famjax.training.storage import list_steps, load_items, quiet, reason
 from famjax.training.storage import with_empty, without_empty
 
@@ -45,7 +45,7 @@ def held(directory: str | pathlib.Path) -> contextlib.AbstractContextManager[loc
     UserError: Another process uses it, or the directory holds something else.
   """
   directory = pathlib.Path(directory).absolute()
-  _newest(directory)  # a lock is not put beside somebody else's files
+  _newest(directory)  # refuses a directory of other files before a lock is written into it
   return locks.held(directory, "session")
 
 
@@ -162,9 +162,9 @@ def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
         " session"
     )
   metadata = formats.check(saved, _Metadata, where)
-  ours = json.loads(json.dumps(dataclasses.asdict(model.config)))  # tuples become lists, as there
-  ours = _flat(ours) | {"weights": model.fingerprint}
-  theirs = _flat(metadata.model) | {"weights": metadata.weights}
+  ours = _options(model.config) | {"weights": model.fingerprint}
+  # Options that came later have their defaults in sessions of before.
+  theirs = _options(ModelConfig()) | _flat(metadata.model) | {"weights": metadata.weights}
   for name in dict.fromkeys([*ours, *theirs]):
     if name not in HOW_IT_RUNS and theirs.get(name) != ours.get(name):
       raise UserError(
@@ -172,6 +172,11 @@ def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
           f" {_plain(ours.get(name))} here; use that model, or another session"
       )
   return metadata.rows
+
+
+def _options(config: ModelConfig) -> formats.Json:
+  """Returns a configuration as the metadata hold it: tuples are lists."""
+  return _flat(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def _plain(value: Any) -> str:

@@ -33,6 +33,10 @@ FEEDBACK_ORDERS = ("auto", "with_tokens", "before_tokens")
 ATTENTION_KERNELS = ("auto", "none", "pallas", "interpret", "interpret_gpu")
 
 
+# Bounds that no model reaches: a directory from anywhere may ask for more than any machine has.
+_MOST_LAYERS, _MOST_SEGMENTS = 4096, 65_536
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
   """Which past a block can see (SPEC sections 1 and 2; defaults: Table 4).
@@ -95,6 +99,7 @@ class MemoryConfig:
     _one_of("fam_position", self.fam_position, ("last", "float", "zero"))
     _at_least("block_size", self.block_size, 1)
     _at_least("memory_segments", self.memory_segments, 0)
+    _at_most("memory_segments", self.memory_segments, _MOST_SEGMENTS)
     _at_least("fam_length", self.fam_length, 0)
     if self.length > self.block_size:
       raise UserError(
@@ -236,6 +241,7 @@ class ModelConfig:
     for name in ("rope_stretch", "local_rope_stretch", "layer_kinds", "lora_targets"):
       if getattr(self, name) is not None:
         object.__setattr__(self, name, tuple(getattr(self, name)))
+    _at_most("num_layers", self.num_layers, _MOST_LAYERS)  # before a pattern is repeated so often
     if self.layer_kinds and len(self.layer_kinds) < self.num_layers:  # a pattern
       kinds = itertools.islice(itertools.cycle(self.layer_kinds), self.num_layers)
       object.__setattr__(self, "layer_kinds", tuple(kinds))
@@ -410,7 +416,7 @@ def _one_of(name: str, value, allowed) -> None:
 def _check_pattern(name: str, pattern: str) -> None:
   """Raises UserError for a pattern that is no regular expression, or that could search for hours.
 
-  A model's directory may come from anywhere, and repeated groups search for exponential time.
+  A model's directory may come from anywhere, and a pattern with nested repeats can take exponential time.
   """
   try:
     re.compile(pattern)
@@ -424,3 +430,8 @@ def _check_pattern(name: str, pattern: str) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
   if value < least:
     raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def _at_most(name: str, value: int, most: int) -> None:
+  if value > most:
+    raise UserError(f"{name} is {value}; it must be at most {most}")

@@ -18,7 +18,7 @@ import numpy as np
 from famjax import console, locks
 from famjax.data import Reader, prefetch
 from famjax.data.vocabularies import absolute
-from famjax.errors import DivergedError
+from famjax.errors import DivergedError, UserError
 from famjax.model.config import ModelConfig
 from famjax.model.decoder import Decoder
 from famjax.model.state import axes_of as state_axes
@@ -213,12 +213,15 @@ def _train(
     progress.say(f"step {step}  eval {'  '.join(shown)}")
 
   def save(step: int) -> None:
-    if lock is not None:
-      lock.check()
+    if processes.any_of_us(lock is not None and lock.lost):
+      if lock is not None:
+        lock.check()
+      raise UserError(f"run directory {run_dir}: another process took over; nothing more is saved")
     whole = processes.whole_position(train_reader, position)
     checkpoints.save(state, whole, about, step)
 
   with contextlib.ExitStack() as stack:
+    stack.push(lambda kind, error, _: kind and log.keep(f"famjax: {kind.__name__}: {error}"))
     stack.callback(progress.close)
     if writer is not None:
       stack.callback(writer.close)

@@ -114,7 +114,7 @@ def locked(directory: epath.Path) -> Iterator[locks.Lock | None]:
     lock = locks.Lock(directory, "run directory")
     try:
       lock.acquire()
-    except UserError as error:
+    except Exception as error:  # whatever it is, the other processes must not wait
       lock, refused = None, error
   try:
     if processes.any_of_us(refused is not None):

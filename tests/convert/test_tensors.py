@@ -312,9 +312,9 @@ def test_a_vocabulary_that_grows_to_its_tokenizer(tmp_path, tied, capsys):
 
 
 def test_options_of_an_import_belong_to_it(capsys):
-  for option in ("--resize_vocabulary", "--allow_nonfinite"):
-    assert cli.main(["convert", "--to=hf", "--src=a", "--dst=b", option]) == 2
-    assert f"{option} is of models from Hugging Face" in capsys.readouterr().err
+  for way, option in (("--to=hf", "--resize_vocabulary"), ("--to=peft", "--allow_nonfinite")):
+    assert cli.main(["convert", way, "--src=a", "--dst=b", option]) == 2
+    assert f"{option} goes with --from=hf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("files, message", [

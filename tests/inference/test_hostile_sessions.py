@@ -141,3 +141,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
       load(str(tmp_path))
   assert cli.main(["score", str(tmp_path), "--text=To read"]) == 2
   assert famjax.load(str(tmp_path), allow_nonfinite=True).config == tiny.CONFIG
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_layers": 10**9, "layer_kinds": ["global", "local"]}, {"num_layers": 10**9},
+])  # fmt: skip
+def test_layers_that_no_machine_has_are_refused_at_once(tmp_path, changes):
+  tiny.save(tmp_path, tiny.CONFIG)
+  path, document = metadata_of(tmp_path)
+  document["custom_metadata"]["model"] |= changes
+  write(path, document)
+  with pytest.raises(UserError, match="num_layers is 1000000000; it must be at most 4096"):
+    checkpoint.load_params(tmp_path)

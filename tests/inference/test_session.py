@@ -213,3 +213,14 @@ while True:
     process.communicate()
     loaded = session.load(tmp_path / "s", model)
     equal(loaded, wholes[int(loaded.state.position[0]) - 1])
+
+
+def test_a_session_of_before_an_option_was_added(tmp_path):
+  model = tiny.model()
+  session.save(tmp_path, model.read(TEXT), model)
+  path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+  metadata = json.loads(path.read_text())
+  for name in ("local_rope_factor", "local_rope_stretch"):
+    del metadata["custom_metadata"]["model"][name]
+  path.write_text(json.dumps(metadata))
+  equal(session.load(tmp_path, model), model.read(TEXT))

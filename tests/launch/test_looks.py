@@ -50,7 +50,7 @@ def test_failed_looks_in_mid_run_leave_the_run_alone(cloud):
   cloud.until(lambda: not cloud.read("fails.describe"))
   assert len(cloud.runs) == 1
   cloud.write("end", "")
-  assert training.wait(timeout=60) == 0, cloud.read("out")
+  assert training.wait(timeout=150) == 0, cloud.read("out")
   assert len(cloud.runs) == 1 and cloud.read("out").count("watching on") == len(looks)
   assert cloud.count("queued-resources create") == 1
   assert cloud.count("queued-resources delete") == 0
@@ -96,7 +96,7 @@ def test_a_slice_that_is_missing_in_mid_run_is_made_anew(cloud):
       [HERE / "gcloud.sh", "compute", "tpus", "queued-resources", "delete", "t"], check=True,
       env=cloud.environment,
   )  # fmt: skip
-  assert training.wait(timeout=60) == 0, cloud.read("out")
+  assert training.wait(timeout=150) == 0, cloud.read("out")
   assert len(cloud.runs) == 2 and cloud.count("queued-resources create") == 2
 
 
@@ -118,7 +118,7 @@ def test_a_slice_that_was_missing_by_mistake_is_used_again(cloud):
   training = cloud.start("train")
   cloud.until(lambda: "following the run" in cloud.read("out"))
   cloud.write("end", "")
-  assert training.wait(timeout=60) == 0, cloud.read("out")
+  assert training.wait(timeout=150) == 0, cloud.read("out")
   assert len(cloud.runs) == 1 and "t was made all the same" in cloud.read("out")
 
 
@@ -181,7 +181,7 @@ def test_states_that_are_no_reason_to_delete(cloud):
   training = cloud.start("train")
   cloud.until(lambda: not cloud.read("states"))
   cloud.write("end", "")
-  assert training.wait(timeout=60) == 0, cloud.read("out")
+  assert training.wait(timeout=150) == 0, cloud.read("out")
   assert len(cloud.runs) == 1 and cloud.count("queued-resources delete") == 0
 
 
