@@ -111,10 +111,20 @@ def test_the_process_is_started_anew():
 
 
 def test_an_interrupt_leaves_no_answer_behind(monkeypatch):
+  def interrupted(self, seconds):
+    del self, seconds
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
   render("a")
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(templates._Worker, "_line", lambda self, seconds: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9))
-    render("b")
+  # A process that a shell starts in the background ignores SIGINT.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(templates._Worker, "_line", interrupted)
+      render("b")
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert render("c") == "c"
 
 
