@@ -9,6 +9,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no test needs a network
@@ -19,6 +20,10 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later ones end at a
   _FAST.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FAST))
 os.environ["FAMJAX_COMPILE_CACHE"] = "off"  # a test measures what it compiles
+
+# A shell that starts tests in the background makes them, and all that they start, ignore SIGINT.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # pylint: disable=wrong-import-position
 import jax  # pylint: disable=wrong-import-position

@@ -69,10 +69,12 @@ class Cloud:
 
   def start(self, verb, *options, run=(RUN,), **variables):
     """Starts the script in a session of its own, with its output in the file `out`."""
+    # Tests that nohup or a shell in the background has started ignore these signals.
+    plain = ["env", "--default-signal=HUP,INT,TERM"]
     with (self.place / "out").open("ab") as out:
       process = subprocess.Popen(
-          self.command(verb, *options, run=run), stdout=out, stderr=out, start_new_session=True,
-          env=self.environment | variables,
+          [*plain, *self.command(verb, *options, run=run)], stdout=out, stderr=out,
+          start_new_session=True, env=self.environment | variables,
       )  # fmt: skip
     self.processes.append(process)
     return process
