@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from famjax import console  # pylint: disable=import-outside-toplevel
 
         stack.enter_context(console.surviving())
-      return arguments.run(arguments)
+      status = arguments.run(arguments)
+      if sys.stdout is not None:
+        sys.stdout.flush()  # a pipe that was closed shows here, and not when Python ends
+      return status
   except UserError as e:
     return _fail(e, 2)
   except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
