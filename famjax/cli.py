@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> int:
 def _nobody_reads() -> int:
   """Ends quietly, as other programs do when their output pipe closes."""
   from famjax import console  # pylint: disable=import-outside-toplevel
-
   console.silence(sys.stdout)
   console.silence(sys.stderr)
   return 141
