@@ -17,7 +17,7 @@ import sys
 import traceback
 
 import famjax
-from famjax import compile_cache, trust
+from famjax import compile_cache, console, trust
 from famjax.errors import DivergedError, TerminatedError, UserError
 
 _INFERENCE = "famjax.inference.commands"
@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
       stack.enter_context(trust.code(arguments.trust_code))
       if arguments.survives:
-        from famjax import console  # pylint: disable=import-outside-toplevel
-
         stack.enter_context(console.surviving())
       status = arguments.run(arguments)
       if sys.stdout is not None:
@@ -69,7 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _nobody_reads() -> int:
   """Ends quietly, as other programs do when their output pipe closes."""
-  from famjax import console  # pylint: disable=import-outside-toplevel
   console.silence(sys.stdout)
   console.silence(sys.stderr)
   return 141

@@ -52,7 +52,6 @@ def enable(directory: str | None, gigabytes: float) -> None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   if chosen == OFF or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
     return
-  place = pathlib.Path()
   try:
     place = pathlib.Path(chosen or default_directory()).expanduser().absolute() / _processor()
     place.mkdir(parents=True, exist_ok=True)

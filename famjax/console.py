@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import os
+import pathlib
 import signal
 import sys
 import threading
 from typing import Any, TextIO
-
-from etils import epath
 
 
 @contextlib.contextmanager
@@ -99,22 +98,15 @@ def silence(stream: TextIO | None) -> None:
     os.close(nowhere)
 
 
-def open_closed_descriptors() -> None:
-  """Opens descriptors 0 to 2 that are closed, so that no file of ours gets one of them."""
-  with contextlib.suppress(OSError):
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-      pass
-    os.close(descriptor)
-
-
 class Log:
   """Prints lines and keeps them in a file, whether or not somebody reads them."""
 
-  def __init__(self, path: epath.Path | None):
+  def __init__(self, path: pathlib.Path | None):
     """Opens the file, and appends to what it holds.
 
     Args:
-      path: of the file; None: lines are printed and not kept.
+      path: of the file, which may be an `epath.Path` in a bucket; None: lines are printed and not
+        kept.
     """
     if path is None:
       self._file = None

@@ -20,3 +20,8 @@ class DivergedError(RuntimeError):
 
   The command line prints it as `famjax: error: ...` and ends with exit status 1.
   """
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+  """Returns the message of an exception as one line of at most `most` characters."""
+  return " ".join(str(error).split())[:most]

@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -98,7 +98,7 @@ def read_json(path: pathlib.Path) -> Json:
   except UserError:
     raise
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} cannot be read ({_first_line(error)}): fetch it again") from None
+    raise UserError(f"{path} cannot be read ({one_line(error)}): fetch it again") from None
   if not isinstance(found, dict):
     raise UserError(f"{path} holds {shown(found)}, and it must be a JSON object: fetch it again")
   return found
@@ -147,6 +147,18 @@ def shown(value: Any) -> str:
   return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
+def plain(value: Any, most: int = 200) -> str:
+  """Returns a value as one line: text without quotes, everything else as `shown` has it.
+
+  Args:
+    value: as JSON holds it.
+    most: characters of a text.
+  """
+  if value is None or isinstance(value, (bool, int, float)):
+    return str(value)
+  return value[:most] if isinstance(value, str) and value.isprintable() else shown(value)
+
+
 def _described(error: msgspec.ValidationError, found: Any) -> str:
   """Returns msgspec's message with the key in front and the value behind it."""
   message, _, path = str(error).partition(" - at `$")
@@ -160,7 +172,3 @@ def _described(error: msgspec.ValidationError, found: Any) -> str:
       return f"{path.strip('.`')}: {message}"
   name = path.strip(".`")
   return f"{name} is {shown(value)}: {message}" if name else message
-
-
-def _first_line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:200]

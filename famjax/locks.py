@@ -57,7 +57,7 @@ class Holder(msgspec.Struct):
   @property
   def words(self) -> str:
     """Host, process and time, as an error message names them."""
-    return f"process {self.pid} on {_plain(self.host)}, since {_plain(self.since)}"
+    return f"process {self.pid} on {formats.plain(self.host, 60)}, since {formats.plain(self.since, 60)}"
 
 
 class Lock:
@@ -130,16 +130,13 @@ class Lock:
 
   def _write(self) -> None:
     with self._writing:  # the thread that beats writes too
-      self._write_alone()
-
-  def _write_alone(self) -> None:
-    self._me.beat += 1
-    text = msgspec.json.encode(self._me).decode()
-    if "://" in os.fspath(self._file):  # a bucket writes whole objects
-      self._file.write_text(text)
-      return
-    self._temporary.write_text(text, encoding="utf-8")
-    self._temporary.replace(self._file)
+      self._me.beat += 1
+      text = msgspec.json.encode(self._me).decode()
+      if "://" in os.fspath(self._file):  # a bucket writes whole objects
+        self._file.write_text(text)
+      else:
+        self._temporary.write_text(text, encoding="utf-8")
+        self._temporary.replace(self._file)
 
   def _beat(self) -> None:
     """Rewrites the file again and again. Runs in a thread of its own."""
@@ -188,10 +185,6 @@ def held(directory: epath.PathLike, what: str) -> Iterator[Lock]:
 def is_lock(name: str) -> bool:
   """Returns whether a file of this name belongs to a lock."""
   return name.startswith((PREFIX, f".tmp{PREFIX}"))
-
-
-def _plain(text: str) -> str:
-  return text[:60] if text.isprintable() else formats.shown(text)
 
 
 def _locks(directory: epath.Path) -> list[epath.Path]:

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from famjax.convert import schemas
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 from famjax.formats import inside, read_json, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -265,5 +265,5 @@ def _opened(path: pathlib.Path):
   except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
     raise
   except BaseException as error:  # a cut file; a panic of the reader, which is no Exception
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     raise UserError(f"{path} cannot be read ({reason}): fetch it again") from None

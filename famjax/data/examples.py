@@ -16,7 +16,7 @@ import numpy as np
 from famjax.data.outside import check_inside
 from famjax.data.text_files import check_text
 from famjax.data.vocabularies import begun, encode_pair, Vocabulary
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 
 # Streams of random numbers that must not be the same numbers (see `generator`).
 EXAMPLE, ORDER, REPEAT, TEMPLATE = range(4)
@@ -227,7 +227,7 @@ class TaskExamples:
       except (ValueError, tf.errors.OpError) as error:
         if isinstance(error, UserError):
           raise
-        bad = " ".join(str(error).split())[:300]
+        bad = one_line(error, 300)
         self.skipped += 1
         if self.skipped == 1 or self.skipped % 1000 == 0:
           print(

@@ -20,7 +20,7 @@ import numpy as np
 from famjax.data import crc32c
 from famjax.data.escapes import unescaped
 from famjax.data.text_files import check_start
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 
 Record = dict[str, str]
 KINDS = (".jsonl", ".tsv", ".tfrecord")
@@ -80,8 +80,7 @@ class Records:
         raise ValueError("the file has become shorter")
       return self._parse(data)
     except ValueError as error:
-      reason = " ".join(str(error).split())
-      raise UserError(f"{self.name(index)} cannot be read: {reason:.300}") from None
+      raise UserError(f"{self.name(index)} cannot be read: {one_line(error, 300)}") from None
     except RecursionError:
       raise UserError(f"{self.name(index)} cannot be read: it is nested too deeply") from None
 

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 
 _CPU_SECONDS = 4  # of one rendering
 _SECONDS = 8.0  # of one rendering, however busy the machine is
@@ -52,7 +52,7 @@ def render(source: str, names: Mapping[str, Any] | None) -> str:
   try:
     request = json.dumps({"source": source, "names": names}).encode()
   except (TypeError, ValueError, RecursionError) as error:
-    line = " ".join(str(error).split())[:200]
+    line = one_line(error)
     raise UserError(f"a chat template takes JSON values alone ({line}): give others") from None
   with _LOCK:
     answer = _worker().ask(request)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from famjax.data.decoding import is_panic
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 from famjax.formats import check, Count, inside, Json, read_json
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ def unpanicked(function: Callable[[], T], what: str) -> T:
     if not is_panic(error):
       raise
     raise UserError(
-        f"{what}: the tokenizers library gives up ({' '.join(str(error).split())[:200]}); use"
+        f"{what}: the tokenizers library gives up ({one_line(error)}); use"
         " another tokenizer"
     ) from None
 

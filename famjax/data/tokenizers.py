@@ -10,7 +10,7 @@ from famjax.data import chat_templates, decoding, tokenizer_files
 from famjax.data.tokenizer_files import Config, optional, SpecialTokens, unpanicked, watched
 from famjax.data.text_files import check_text
 from famjax.data.vocabularies import outside
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 from famjax.formats import check, inside
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
@@ -145,7 +145,7 @@ class TokenizerVocabulary:
     except Exception as error:  # tokenizers raises Exception itself
       raise UserError(
           f"vocabulary {self.path}: its tokenizer.json cannot be read"
-          f" ({' '.join(str(error).split())[:200]}); name a directory of the Hugging Face hub, with"
+          f" ({one_line(error)}); name a directory of the Hugging Face hub, with"
           " its tokenizer"
       ) from error
     return tokenizer
@@ -198,7 +198,7 @@ class TokenizerVocabulary:
     except UserError:
       raise
     except Exception as error:  # a WordLevel model without an unknown token, say
-      line = " ".join(str(error).split())[:200]
+      line = one_line(error)
       raise UserError(f"vocabulary {self.path} cannot encode the text ({line})") from error
 
   def _decoded(self, ids: list[int]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from famjax.data import decoding
 from famjax.data.text_files import check_text
-from famjax.errors import UserError
+from famjax.errors import one_line, UserError
 from famjax.formats import inside
 
 
@@ -184,7 +184,7 @@ class SentencePieceVocabulary:
     except (OSError, RuntimeError, ValueError, IndexError) as error:
       raise UserError(
           f"vocabulary {self.path}: not a SentencePiece model"
-          f" ({' '.join(str(error).split())[:200]}); name a .model file"
+          f" ({one_line(error)}); name a .model file"
       ) from error
 
 

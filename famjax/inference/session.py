@@ -168,8 +168,8 @@ def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
   for name in dict.fromkeys([*ours, *theirs]):
     if name not in HOW_IT_RUNS and theirs.get(name) != ours.get(name):
       raise UserError(
-          f"{where} was made by another model: {name} is {_plain(theirs.get(name))} there and"
-          f" {_plain(ours.get(name))} here; use that model, or another session"
+          f"{where} was made by another model: {name} is {formats.plain(theirs.get(name))} there and"
+          f" {formats.plain(ours.get(name))} here; use that model, or another session"
       )
   return metadata.rows
 
@@ -177,13 +177,6 @@ def _check(directory: pathlib.Path, saved: formats.Json, model: Model) -> int:
 def _options(config: ModelConfig) -> formats.Json:
   """Returns a configuration as the metadata hold it: tuples are lists."""
   return _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-def _plain(value: Any) -> str:
-  """Returns a value of the metadata as one line."""
-  if value is None or isinstance(value, (bool, int, float)):
-    return str(value)
-  return value[:200] if isinstance(value, str) and value.isprintable() else formats.shown(value)
 
 
 def _flat(config: formats.Json) -> formats.Json:
