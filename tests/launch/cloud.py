@@ -64,7 +64,7 @@ class Cloud:
   def runs(self):
     """Machine and arguments of every run that was started."""
     file = self.place / "runs"
-    lines = file.read_bytes().split(b"\0\n")[:-1] if file.exists() else []
+    lines = file.read_bytes().split(b"\0\n\0")[:-1] if file.exists() else []
     return [[part.decode() for part in line.split(b"\0")] for line in lines]
 
   def start(self, verb, *options, run=(RUN,), **variables):

@@ -6,12 +6,14 @@
 #   preempted        the slice is SUSPENDED while it runs
 #   waits [SECONDS]  runs for so long, or until there is a file $CLOUD/end
 set -euo pipefail
-{ printf '%s\0' "$MACHINE" "$@"; printf '\n'; } >>"$CLOUD/runs"
 trap 'echo saved; exit 143' TERM
 plan="$CLOUD/plan.$MACHINE"
 touch "$plan"
 read -r what more <"$plan" || true
 sed -i 1d "$plan"
+# Tests end a run as soon as it is noted, so the plan must be taken by then. One printf is one write,
+# which machines that begin at once cannot mix.
+printf '%s\0' "$MACHINE" "$@" $'\n' >>"$CLOUD/runs"
 echo "run on $MACHINE: ${what:-ends}"
 case "${what:-}" in
   70)
