@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import pathlib
 import re
 import threading
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
 from famjax.data.decoding import is_panic
 from famjax.errors import one_line, UserError
-from famjax.formats import check, Count, inside, Json, read_json
+from famjax.formats import check, Count, inside, Json, read_json, TokenId
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ _CHARACTERS_PER_SECOND = 50_000  # more for a long one
 _Id = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 _Ids = _Id | Annotated[list[_Id], msgspec.Meta(max_length=1000)] | None
 _Short = Annotated[str, msgspec.Meta(max_length=64)] | None
+_Digits = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
 
 
 class _TextConfig(msgspec.Struct):
@@ -82,6 +83,7 @@ class TokenizerConfig(msgspec.Struct):
 
   chat_template: str | list[_Template] | None = None
   added_tokens_decoder: dict[str, Any] | None = None
+  add_bos_token: bool | None = None
 
 
 class _Added(msgspec.Struct):
@@ -109,6 +111,69 @@ class Tokenizer(msgspec.Struct):
     """Whether a text meets a regular expression that the file holds."""
     parts = [*_parts(self.normalizer), *_parts(self.pre_tokenizer), *_parts(self.decoder)]
     return any(_regex(part) is not None for part in parts)
+
+
+class Symbols(NamedTuple):
+  """Symbols that a tokenizer's directory names.
+
+  Attributes:
+    config: What `config.json` says.
+    stop_ids: Ids that end a text; empty: none is named.
+    pad_id: Id of padding; None: none is named.
+    begins: Whether `tokenizer_config.json` asks for a begin symbol.
+  """
+
+  config: Config
+  stop_ids: tuple[int, ...]
+  pad_id: int | None
+  begins: bool
+
+
+def read_symbols(directory: pathlib.Path, id_of: Callable[[str], int | None]) -> Symbols:
+  """Reads the symbols that a directory names.
+
+  `generation_config.json` wins over `config.json`, and both win over `tokenizer_config.json`.
+
+  Args:
+    directory: The tokenizer's directory. Each of its files may be missing.
+    id_of: Returns the id of a token; None if the tokenizer does not hold it.
+
+  Raises:
+    UserError: A file holds a wrong value.
+  """
+  config, generation = (
+      check(optional(directory / name), Config, str(directory / name))
+      for name in ("config.json", "generation_config.json")
+  )
+  path = directory / "tokenizer_config.json"
+  about = optional(path)
+  named = check(about, SpecialTokens, str(path)).names().get("eos_token")
+  ends = [_several(found.eos_token_id) for found in (generation, config)]
+  ends.append(_several(id_of(named) if named else None))
+  pads = (generation.pad_token_id, config.pad_token_id)
+  pad = next((pad for pad in pads if pad is not None), -1)
+  begins = bool(check(about, TokenizerConfig, str(path)).add_bos_token)
+  return Symbols(config, next(filter(None, ends), ()), None if pad == -1 else pad, begins)
+
+
+def added_tokens(directory: pathlib.Path) -> dict[str, int]:
+  """Returns the tokens that a directory's files beside the tokenizer add, with their ids.
+
+  Raises:
+    UserError: A file holds a wrong value.
+  """
+  path = directory / "tokenizer_config.json"
+  decoder = check(optional(path), TokenizerConfig, str(path)).added_tokens_decoder or {}
+  decoder = check(decoder, dict[_Digits, _Named], f"{path}: added_tokens_decoder")
+  path = directory / "added_tokens.json"
+  added = check(optional(path), dict[str, TokenId], str(path))
+  return {token.content: int(i) for i, token in decoder.items()} | added
+
+
+def _several(ids: int | list[int] | None) -> tuple[int, ...]:
+  """Returns ids that are one, several or none. -1 stands for none."""
+  ids = [ids] if isinstance(ids, int) else ids or []
+  return tuple(i for i in ids if i != -1)
 
 
 def optional(path: pathlib.Path) -> Json:

@@ -7,11 +7,11 @@ import pathlib
 from typing import Any
 
 from famjax.data import chat_templates, decoding, tokenizer_files
-from famjax.data.tokenizer_files import Config, optional, SpecialTokens, unpanicked, watched
+from famjax.data.tokenizer_files import Config, unpanicked, watched
 from famjax.data.text_files import check_text
 from famjax.data.vocabularies import outside
 from famjax.errors import one_line, UserError
-from famjax.formats import check, inside
+from famjax.formats import inside
 
 # Files that belong to a tokenizer, beside config.json, which names the symbols' ids.
 FILES = (
@@ -56,18 +56,14 @@ class TokenizerVocabulary:
     self._about = tokenizer_files.read_tokenizer(path / "tokenizer.json")
     self._watch = self._about.has_regex()
     self._tokenizer = self._read(path / "tokenizer.json")
-    config, generation = (
-        check(optional(path / f"{name}.json"), Config, str(path / f"{name}.json"))
-        for name in ("config", "generation_config")
-    )
-    self._count_ids(config)
-    self.stop_ids = self._find_stop_ids(config, generation)
+    symbols = tokenizer_files.read_symbols(path, self._tokenizer.token_to_id)
+    self._count_ids(symbols.config)
+    self.stop_ids = symbols.stop_ids
     if not self.stop_ids:
       raise UserError(f"vocabulary {directory}: no eos_token_id is named; add it to config.json")
     self.eos_id = self.stop_ids[0]
-    pads = [about.pad_token_id for about in (generation, config)]
-    pad = next((pad for pad in pads if pad is not None), -1)
-    self.pad_id = self.eos_id if pad == -1 else pad  # -1: none, as Llama's first release has it
+    # Llama's first release names no padding, for example.
+    self.pad_id = self.eos_id if symbols.pad_id is None else symbols.pad_id
     self.begin_ids = self._find_begin_ids()
     special = self._tokenizer.get_added_tokens_decoder().values()
     self._special = {token.content for token in special if token.special}
@@ -162,17 +158,6 @@ class TokenizerVocabulary:
     self._rows, self.vocab_size = rows, min(size, rows)
     self.all_ids = size, len(ids)
     self.outside = {name: i for name, i in ids.items() if i >= rows}
-
-  def _find_stop_ids(self, config: Config, generation: Config) -> tuple[int, ...]:
-    for about in (generation, config):
-      ids = about.eos_token_id
-      ids = [ids] if isinstance(ids, int) else ids or []
-      if found := tuple(i for i in ids if i != -1):  # -1: none, as for padding
-        return found
-    path = pathlib.Path(self.path) / "tokenizer_config.json"
-    name = check(optional(path), SpecialTokens, str(path)).names().get("eos_token")
-    i = self._tokenizer.token_to_id(name) if name else None
-    return () if i is None else (i,)
 
   def _find_begin_ids(self) -> list[int]:
     """Ids before a text that is not empty; those after it end it."""

@@ -1,21 +1,19 @@
-"""Vocabularies: bytes, the closed words of the PassKey text, and SentencePiece models.
+"""Vocabularies: bytes, the closed words of the PassKey text, and those that are read from files.
 
 All of them have the part of `seqio.Vocabulary` that the project uses, and none of them needs
 TensorFlow; `as_seqio` wraps one for a seqio task.
 """
 
-import codecs
-import contextlib
 import functools
 import pathlib
 import re
-from typing import Any, Iterable, Iterator, Protocol, Sequence
+from typing import Any, Iterable, Protocol, Sequence
 
 import numpy as np
 
-from famjax.data import decoding
+from famjax.data import decoding, sentencepieces
 from famjax.data.text_files import check_text
-from famjax.errors import one_line, UserError
+from famjax.errors import UserError
 from famjax.formats import inside
 
 
@@ -132,122 +130,6 @@ class _Spaces(decoding.Step):
     return [space + piece]
 
 
-class SentencePieceVocabulary:
-  """A SentencePiece model from a file."""
-
-  def __init__(self, path: str):
-    if not pathlib.Path(path).is_file():
-      raise UserError(
-          f"vocabulary {path!r}: no such file; use bytes, passkey_words or the path of a"
-          " SentencePiece .model file"
-      )
-    self.path = str(path)
-    try:
-      import sentencepiece  # pylint: disable=g-import-not-at-top  (only these models need it)
-    except ModuleNotFoundError as error:
-      raise UserError(f"vocabulary {path}: needs the package sentencepiece; install it") from error
-    with self._readable():
-      self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
-      self._model.decode(self._model.encode("a"))
-    if self._model.eos_id() < 0:
-      raise UserError(f"vocabulary {path}: has no end symbol; train it with eos_id set")
-    self.vocab_size = self._model.get_piece_size()
-    self.all_ids = self.vocab_size, self.vocab_size
-    self.eos_id = self._model.eos_id()
-    self.pad_id = max(self._model.pad_id(), 0)
-    self.unk_id = self._model.unk_id()
-    self._texts: dict[int, str] = {}
-
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of the text's pieces. Raises UserError for half a surrogate pair."""
-    with self._readable():
-      return self._model.encode(check_text(text))
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of the pieces; ids that the model does not hold are left out."""
-    with self._readable():
-      return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
-
-  def decoder(self) -> decoding.Decoder:
-    """Returns a decoder of tokens that come one by one."""
-    if not self.decode([self.unk_id]):  # no token gives text for sure
-      return decoding.Whole(self.decode)
-    return _PieceDecoder(self._model, self._texts)
-
-  @contextlib.contextmanager
-  def _readable(self) -> Iterator[None]:
-    """Makes one line of what the library raises about a file that is broken."""
-    try:
-      yield
-    except UserError:
-      raise
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-      raise UserError(
-          f"vocabulary {self.path}: not a SentencePiece model"
-          f" ({one_line(error)}); name a .model file"
-      ) from error
-
-
-class _PieceDecoder:
-  """SentencePiece's own decoding, token by token."""
-
-  def __init__(self, model: Any, texts: dict[int, str]):
-    """Begins.
-
-    Args:
-      model: `SentencePieceProcessor`.
-      texts: text of a token that stands behind others; is filled up here.
-    """
-    self._model, self._texts = model, texts
-    self._before: list[int] = []  # tokens that have given no text: a model may drop first spaces
-    self._start, self._bytes = True, b""
-
-  def push(self, token: int) -> str:
-    """See `decoding.Decoder`."""
-    if not 0 <= token < self._model.get_piece_size():
-      return ""
-    if self._model.is_byte(token):
-      return self._push_byte(decoding.byte_of(self._model.id_to_piece(token)))
-    text = self.end()
-    self._start = self._start and not text
-    if not self._start:
-      return text + self._behind(token)
-    text = self._model.decode([*self._before, token])
-    self._start = not text
-    if not text and token not in self._before:
-      self._before.append(token)
-    return text
-
-  def pending(self) -> str:
-    """See `decoding.Decoder`."""
-    return ""
-
-  def end(self) -> str:
-    """See `decoding.Decoder`."""
-    text, self._bytes = decoding.BROKEN * len(self._bytes), b""
-    return text
-
-  def _push_byte(self, byte: int) -> str:
-    """A byte that begins no character becomes U+FFFD, and so does each byte of an unfinished one."""
-    text, self._bytes = "", self._bytes + bytes([byte])
-    while self._bytes:
-      try:
-        new, used = codecs.utf_8_decode(self._bytes, "strict", False)
-        text, self._bytes = text + new, self._bytes[used:]
-        break
-      except UnicodeDecodeError:
-        text, self._bytes = text + decoding.BROKEN, self._bytes[1:]
-    self._start = self._start and not text
-    return text
-
-  def _behind(self, token: int) -> str:
-    if token not in self._texts:
-      unknown = self._model.unk_id()
-      surface = self._model.decode([unknown])
-      self._texts[token] = self._model.decode([unknown, token])[len(surface) :]
-    return self._texts[token]
-
-
 @functools.lru_cache(maxsize=None)
 def load_vocabulary(name: str) -> Vocabulary:
   """Returns the vocabulary of a name; the same name gives the same object.
@@ -258,7 +140,7 @@ def load_vocabulary(name: str) -> Vocabulary:
       is.
 
   Raises:
-    UserError: the name is none of these, or the file is missing or is not such a model.
+    UserError: The name is none of these. Or the file is missing, or is not such a model.
   """
   if name == "bytes":
     return ByteVocabulary()
@@ -271,7 +153,8 @@ def load_vocabulary(name: str) -> Vocabulary:
     from famjax.data import tokenizers  # pylint: disable=g-import-not-at-top
 
     return tokenizers.TokenizerVocabulary(str(path.parent))
-  return SentencePieceVocabulary(name if path is None else str(path))
+  directory = path.parent if path is not None and pathlib.Path(name).is_dir() else None
+  return sentencepieces.SentencePieceVocabulary(name if path is None else str(path), directory)
 
 
 def begin_ids(vocabulary: Vocabulary) -> list[int]:

@@ -9,9 +9,9 @@ import pytest
 
 from famjax.data import passkey
 from famjax.data.examples import join_texts
+from famjax.data.sentencepieces import SentencePieceVocabulary
 from famjax.data.vocabularies import absolute, begun, check_fits, encode_after, encode_pair, encode_text
-from famjax.data.vocabularies import load_vocabulary
-from famjax.data.vocabularies import SentencePieceVocabulary, WordVocabulary
+from famjax.data.vocabularies import load_vocabulary, WordVocabulary
 from famjax.errors import UserError
 from tests.data import vocabulary_kinds as kinds
 from tests.data.pieces import sentencepiece_model
