@@ -290,7 +290,9 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
     kinds = ["local" if layer >= first_local else "global" for layer in range(count)]
   else:
     every = hf.get("sliding_window_pattern") if kind == "gemma3_text" else None
-    every = every or family.every
+    every = family.every if every is None else every
+    if every < 0 or (every == 0 and family.every):
+      raise UserError(f"{kind}: sliding_window_pattern is {every}, and it must be at least 1")
     kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
   if len(kinds) != count:
     raise UserError(
@@ -299,8 +301,11 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
     )
   if set(kinds) == {"global"}:
     return {}
-  if "local" in kinds and window is None:
-    raise UserError(f"{kind}: config.json lacks sliding_window")
+  if "local" in kinds and (window is None or window < 1):
+    raise UserError(
+        f"{kind}: sliding_window is {shown(window)}, and it must be the number of tokens that a"
+        " local layer sees"
+    )
   local = {"local_window": window} if "local" in kinds else {}
   return {"layer_kinds": tuple(kinds), **local}
 
@@ -312,10 +317,10 @@ def _rope(kind: str, family: Family, hf: Json) -> Json:
   `rope_scaling` and `rope_theta`. Where several are there, the order is that of transformers 5.
   """
   parameters, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-  theta, context = hf.get("rope_theta") or 10000.0, hf.get("max_position_embeddings")
+  theta, context = hf.get("rope_theta", 10000.0), hf.get("max_position_embeddings")
   if kind == "gemma3_text":
     local = parameters.get("sliding_attention") or {}
-    local = _one_rope(kind, local, hf["rope_local_base_freq"] or 10000.0, context)
+    local = _one_rope(kind, local, hf["rope_local_base_freq"], context)
     entry = parameters.get("full_attention") or {}
     if isinstance(entry, dict):
       entry = {**entry, **scaling}
@@ -341,13 +346,13 @@ def _of_local(rope: Json) -> Json:
   return {f"local_{name}": value for name, value in rope.items()}
 
 
-def _one_rope(kind: str, entry: Any, theta: float, context: int | None) -> Json:
+def _one_rope(kind: str, entry: Any, theta: float | None, context: int | None) -> Json:
   """Returns `rope_theta`, `rope_factor` and `rope_stretch` of one entry of `config.json`.
 
   Args:
     kind: the family.
     entry: a JSON object.
-    theta: base, if the entry has none.
+    theta: base, if the entry has none. None: config.json has null there.
     context: tokens that a llama3 entry was trained on, if it does not say so.
   """
   entry = schemas.checked(entry, schemas.Rope, f"{kind}: RoPE in config.json")
@@ -357,6 +362,8 @@ def _one_rope(kind: str, entry: Any, theta: float, context: int | None) -> Json:
         f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone"
     )
   rope = {"rope_theta": entry.get("rope_theta", theta), "rope_factor": 1.0, "rope_stretch": None}
+  if rope["rope_theta"] is None:
+    raise UserError(f"{kind}: the base of its RoPE is null in config.json: set rope_theta")
   match entry.get("rope_type", entry.get("type", "default")):
     case "default":
       return rope

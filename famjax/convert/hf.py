@@ -275,5 +275,5 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def _full(hf: Json) -> MemoryConfig:
   """The ordinary decoder that a model without a memory is."""
-  context = int(min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT))  # JSON may hold 2e3
+  context = min(hf.get("max_position_embeddings") or _CONTEXT, _CONTEXT)
   return MemoryConfig("full", _BLOCK, memory_segments=-(-context // _BLOCK) - 1)

@@ -18,6 +18,7 @@ _Text = str | None | UnsetType
 _Flag = bool | None | UnsetType
 _Width = Width | None | UnsetType
 _Count = formats.Count | None | UnsetType
+_Whole = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None | UnsetType
 _Positive = formats.Positive | None | UnsetType
 _Object = dict[str, Any] | None | UnsetType
 
@@ -40,10 +41,10 @@ class ModelFile(msgspec.Struct):
   query_pre_attn_scalar: _Positive = UNSET
   attn_logit_softcapping: _Positive = UNSET
   final_logit_softcapping: _Positive = UNSET
-  sliding_window: _Count = UNSET
+  sliding_window: _Whole = UNSET  # -1 or 0 where no layer is local
   use_sliding_window: _Flag = UNSET
-  sliding_window_pattern: _Count = UNSET
-  max_window_layers: Natural | None | UnsetType = UNSET
+  sliding_window_pattern: _Whole = UNSET
+  max_window_layers: _Whole = UNSET
   layer_types: list[str] | None | UnsetType = UNSET
   no_rope_layers: list[Natural] | None | UnsetType = UNSET
   no_rope_layer_interval: _Count = UNSET

@@ -61,6 +61,15 @@ def test_what_config_json_leaves_out():
   assert from_hf(gelu).activation == "gelu"
 
 
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen2", "qwen3", "smollm3"])
+def test_values_that_a_family_does_not_read(kind):
+  """Published files hold them, and transformers takes them too."""
+  plain = LLAMA | {"model_type": kind}
+  odd = {"sliding_window": -1, "max_window_layers": -1, "sliding_window_pattern": 0}
+  assert from_hf(plain | odd) == from_hf(plain)
+  assert from_hf(plain | odd | {"sliding_window": 0}) == from_hf(plain)
+
+
 def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
   config = ModelConfig(vocab_size=32, model_dim=16, num_heads=2, num_kv_heads=1)
   assert to_hf(config)["model_type"] == "llama"
@@ -85,7 +94,12 @@ def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
         ({"quantization_config": {"bits": 4}}, "llama: the weights are quantized"),
         ({"partial_rotary_factor": 0.5}, "llama: partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
-        ({"model_type": "gemma2", "sliding_window": None} | GELU, "config.json lacks sliding_window"),
+        ({"model_type": "gemma2", "sliding_window": None} | GELU, "sliding_window is null"),
+        ({"model_type": "mistral", "sliding_window": 0}, "mistral: sliding_window is 0, and it must"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0} | GELU, "pattern is 0, and it"),
+        ({"rope_theta": None}, "llama: the base of its RoPE is null in config.json"),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": None} | GELU, "RoPE is null"),
+        ({"max_position_embeddings": 1e6}, "max_position_embeddings is 1000000.0: Expected int"),
     ],
 )
 def test_what_cannot_be_converted(changes, message):
