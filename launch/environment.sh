@@ -25,9 +25,11 @@ famjax_interpreter() {
 print('%d.%d.%d' % sys.version_info[:3], os.path.realpath(sys.base_prefix))" 2>/dev/null || true
 }
 
-# Runs pip, keeps all it says in a log, and shows the large downloads and the errors.
+# Runs pip, keeps all it says in a log, and shows the large downloads and the errors. Python compiles
+# a module when it is first imported; to compile all of them here is over a third of pip's work.
 famjax_pip() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check --prefer-binary "$@" 2>&1 |
+  "$venv/bin/python" -m pip install --disable-pip-version-check --prefer-binary --no-compile "$@" \
+    2>&1 |
     tee -a "$log" |
     awk '/^ERROR/ || /^Installing collected/ || /\([0-9][0-9]+\.[0-9]+ MB\)/ {
       print "    " substr($0, 1, 96); fflush() }'

@@ -192,15 +192,15 @@ def encode_after(vocabulary: Vocabulary, text: str, before: str = "") -> list[in
   Raises:
     UserError: the text holds half of a surrogate pair.
   """
-  alone = vocabulary.encode(text)
-  if isinstance(vocabulary, (ByteVocabulary, WordVocabulary)) or not alone:
-    return alone  # These encode a text alike wherever it stands.
+  check_text(text)  # An error gives the place in this text, not in both.
+  if isinstance(vocabulary, (ByteVocabulary, WordVocabulary)) or not text:
+    return vocabulary.encode(text)  # These encode a text alike wherever it stands.
   for context in (before[-_CONTEXT:], *_CONTEXTS):
     head = vocabulary.encode(context) if context else []
     whole = vocabulary.encode(context + text) if head else []
     if len(whole) > len(head) > 0 and whole[: len(head)] == head:
       return whole[len(head) :]
-  return alone
+  return vocabulary.encode(text)
 
 
 def encode_pair(vocabulary: Vocabulary, inputs: str, targets: str) -> tuple[list[int], list[int]]:
