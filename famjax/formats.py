@@ -72,6 +72,22 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
   return path
 
 
+def check_name(path: str, what: str) -> None:
+  """Raises UserError for the name of a file or directory that is not UTF-8.
+
+  Orbax, TensorStore and JSON cannot write such a name. Without this check, a run would train to its
+  first checkpoint and then fail.
+
+  Args:
+    path: The name. Python has half of a surrogate pair where a byte is not UTF-8.
+    what: Noun for the error message, such as "run directory".
+  """
+  try:
+    path.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"{what} {path!a}: its name is not UTF-8; choose another name") from None
+
+
 def _cached_model(directory: pathlib.Path) -> pathlib.Path | None:
   """Returns the folder of a model in the hub's cache that a snapshot belongs to, if it is one."""
   for folder in directory.parents:

@@ -86,8 +86,10 @@ class Lock:
     """Gets the lock; makes the directory if it is missing.
 
     Raises:
-      UserError: Another process has it. The line names host, process and time.
+      UserError: Another process has it; the line names host, process and time. Or the directory's
+        name is not UTF-8.
     """
+    formats.check_name(os.fspath(self._directory), self._what)
     try:
       _make(self._directory, self._made)
       self._write()

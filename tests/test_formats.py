@@ -103,6 +103,12 @@ def test_a_name_that_is_no_plain_name_of_a_file(tmp_path, name):
   assert len(str(refused.value).splitlines()) == 1
 
 
+def test_a_name_that_is_not_utf_8(tmp_path):
+  formats.check_name("gs://bucket/\u00fc", "run directory")
+  with pytest.raises(UserError, match=r"^run directory '/r/a\\udcff': its name is not UTF-8"):
+    formats.check_name(os.fsdecode(b"/r/a\xff"), "run directory")
+
+
 def test_mutations_of_a_document_are_refused_or_fit():
   document = {"layers": 2, "scale": 0.5, "names": ["a"], "rope": {"theta": 1e4}, "more": {"a": [1]}}
   fine = [

@@ -55,6 +55,14 @@ def elsewhere(directory, beat=1, **changes):
   return path
 
 
+def test_a_directory_whose_name_is_not_utf_8_is_refused_at_once(tmp_path):
+  """Nothing could be saved in it at the end."""
+  directory = tmp_path / os.fsdecode(b"a\xff")
+  with pytest.raises(UserError, match="its name is not UTF-8"):
+    locks.Lock(directory, "run directory").acquire()
+  assert not directory.exists()
+
+
 def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
   with holder(tmp_path) as first:
     with pytest.raises(UserError) as refused:

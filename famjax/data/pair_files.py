@@ -11,6 +11,7 @@ import string
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 from famjax.data.examples import TEMPLATE, generator, join_texts, shuffled
 from famjax.data.long_text import VALIDATION_EVERY, fingerprint
@@ -20,6 +21,7 @@ from famjax.data.text_files import check_text
 from famjax.data.vocabularies import Vocabulary
 from famjax.errors import UserError
 
+QUIET_SECONDS = 10  # before a progress bar appears
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -150,15 +152,22 @@ class PairFiles:
   def _look_through(self, skip_bad: bool) -> int:
     """Tries every template on every record, and returns the number of records that it left out."""
     skipped, worst = 0, None
+    progress = tqdm(
+        total=sum(map(len, self._files)), desc="checking pairs", unit=" records", leave=False,
+        delay=QUIET_SECONDS, mininterval=1,
+    )  # fmt: skip
     for file in self._files:
       good = np.ones(len(file), bool)
       for index, error in enumerate(self._errors(file)):
         if error is not None and not skip_bad:
+          progress.close()
           raise UserError(f"{error} (to leave such records out: PairFiles.skip_bad=True)")
         good[index] = error is None
         worst = worst or error
+        progress.update()
       skipped += len(file) - int(good.sum())
       file.keep(good)
+    progress.close()
     if not any(map(len, self._files)):
       raise UserError(f"no record can be used; the first: {worst}")
     if skipped:
@@ -213,7 +222,7 @@ def _filled(template: tuple[str, str], record: Record, where: str) -> tuple[str,
     inputs, targets = (text.format_map(record) for text in template)
   except KeyError as error:
     have = ", ".join(n if n.isprintable() else repr(n) for n in record) or "none"
-    raise UserError(f"{where} has not the field {error}; its fields: {have:.500}") from None
+    raise UserError(f"{where} lacks the field {error}; its fields: {have:.500}") from None
   except ValueError as error:  # of a format, as {answer:d}
     raise UserError(f"{where}: the template {template} cannot be filled ({error})") from None
   if not targets.strip():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from famjax.data import ExampleReader, PackedReader, PairFiles, load_vocabulary
-from famjax.data import crc32c
+from famjax.data import crc32c, pair_files
 from famjax.errors import UserError
 from tests.mutations import mutations, survives
 
@@ -101,7 +101,7 @@ def test_columns_name_the_fields_of_a_file_without_a_first_line(tmp_path):
 def test_numbers_are_fields_and_lists_are_none(tmp_path):
   write_jsonl(tmp_path / "a.jsonl", [{"inputs": "one", "targets": 1, "more": [1, 2]}])
   assert PairFiles(BYTES, str(tmp_path)).pair(0) == ("one", "1")
-  with pytest.raises(UserError, match="record 1 has not the field 'more'; its fields: inputs, targets"):
+  with pytest.raises(UserError, match="record 1 lacks the field 'more'; its fields: inputs, targets"):
     PairFiles(BYTES, str(tmp_path), (("{more}", "{targets}"),))
 
 
@@ -140,8 +140,8 @@ def framed(data):
         ("a.tsv", b"inputs\ttargets\nC:\\new\tb", {}, r"'C:.*new' may hold a newline .* escapes=True"),
         ("a.jsonl", b'{"inputs": "\\ud800", "targets": "b"}', {}, "record 1: its text is not UTF-8"),
         ("a.jsonl", b'{"inputs": "a", "inputs": "b"}', {}, "cannot be read: it has 'inputs' twice"),
-        ("a.jsonl", b'{"inputs": "a", "targets": NaN}', {}, "record 1 has not the field 'targets'"),
-        ("a.jsonl", b'{"inputs": "a", "targets": null}', {}, "record 1 has not the field 'targets'"),
+        ("a.jsonl", b'{"inputs": "a", "targets": NaN}', {}, "record 1 lacks the field 'targets'"),
+        ("a.jsonl", b'{"inputs": "a", "targets": null}', {}, "record 1 lacks the field 'targets'"),
         ("a.jsonl", b'{"inputs": ' + b"[" * 10**5, {}, "record 1 cannot be read"),
         ("a.jsonl", b'{"inputs": 1}', {"templates": (("{inputs.__class__}", "x"),)}, "is no field"),
         ("a.jsonl", b'{"inputs": 1}', {"templates": (("{0}", "x"),)}, "is no field"),
@@ -152,7 +152,7 @@ def framed(data):
         ("a.jsonl", b'{"inputs": 1}', {"templates": ()}, "give pairs"),
         ("a.jsonl", b'{"inputs": 1}', {"templates": (("{inputs", "x"),)}, "cannot be filled"),
         ("a.jsonl", b'{"inputs": "1"}', {"templates": (("{inputs[x]}", "x"),)}, "cannot be filled"),
-        ("a.jsonl", b'{"inputs": 1, "targets": 2}\n{"inputs": 1}', {}, "record 2 has not the field"),
+        ("a.jsonl", b'{"inputs": 1, "targets": 2}\n{"inputs": 1}', {}, "record 2 lacks the field"),
         ("a.tsv-old", b"x", {}, "a.tsv-old is of no kind that is read"),
     ],
 )
@@ -218,7 +218,7 @@ def test_fields_of_tfrecords(tmp_path):
   (tmp_path / "a.tfrecord").write_bytes(framed(example))
   assert next(tf.data.TFRecordDataset(str(tmp_path / "a.tfrecord")).as_numpy_iterator()) == example
   assert PairFiles(BYTES, str(tmp_path)).pair(0) == ("0.1", "-7")
-  for name, message in (("picture", "cannot be read"), ("many", "has not"), ("nan", "has not")):
+  for name, message in (("picture", "cannot be read"), ("many", "lacks"), ("nan", "lacks")):
     with pytest.raises(UserError, match=message):
       PairFiles(BYTES, str(tmp_path), (("{%s}" % name, "{targets}"),))
 
@@ -234,7 +234,7 @@ def test_bad_records_can_be_left_out(tmp_path, capsys):
   assert source.fingerprint.endswith(", 5 records left out")
   said = capsys.readouterr().err
   assert said.startswith("famjax: note: 5 records are left out") and "record 4: its text" in said
-  with pytest.raises(UserError, match="no record can be used; the first: .*record 1 has not the field 'q'"):
+  with pytest.raises(UserError, match="no record can be used; the first: .*record 1 lacks the field 'q'"):
     PairFiles(BYTES, str(tmp_path), (("{q}", "{inputs}"),), skip_bad=True)
 
 
@@ -347,3 +347,15 @@ def test_a_record_can_never_end_a_run(kind, tmp_path):
     for skip_bad in (False, True):
       fine[skip_bad] += survives(lambda: _every_example_can_be_read(path, skip_bad), (number, data))
   assert 5 < fine[False] < fine[True]
+
+
+def test_long_files_show_progress(tmp_path, capsys, monkeypatch):
+  """A file of gigabytes takes minutes to check."""
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"inputs": "a", "targets": "b"}\n' * 50, encoding="utf-8")
+  monkeypatch.setattr(pair_files, "QUIET_SECONDS", 0)
+  PairFiles(BYTES, str(path))
+  assert "checking pairs" in capsys.readouterr().err
+  monkeypatch.setattr(pair_files, "QUIET_SECONDS", 60)
+  PairFiles(BYTES, str(path))
+  assert not capsys.readouterr().err
