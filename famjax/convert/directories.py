@@ -23,7 +23,7 @@ def refuse(path: pathlib.Path) -> None:
     _refuse_local(path)
   if (path / "checkpoint").is_file() and any(path.glob("target.*")):
     raise UserError(
-        f"{path} is a checkpoint of T5X: T5 and Flan-T5 are encoder-decoders, and famjax has"
+        f"{path} is a checkpoint of T5X: T5 and Flan-T5 are encoder-decoders, and famjax supports"
         f" decoders: {known()}"
     )
 
@@ -88,8 +88,8 @@ def _refuse_cache(path: pathlib.Path) -> None:
   snapshots = folder / "snapshots"
   held = sorted(one for one in snapshots.glob("*") if (one / "config.json").exists())
   if held:
-    raise UserError(f"{path} is of the hub's cache, with {name} in {held[-1]}: name that directory")
+    raise UserError(f"{path} is a folder of the hub's cache; {name} is in {held[-1]}: use that directory")
   raise UserError(
-      f"{path} is of the hub's cache and holds no snapshot of {name}:"
+      f"{path} is a folder of the hub's cache without a snapshot of {name}:"
       f" {_FETCH.format(name, name.rpartition('/')[2])}"
   )

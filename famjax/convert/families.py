@@ -128,7 +128,7 @@ def from_hf(hf: Json) -> ModelConfig:
   kind = hf.get("model_type")
   if hf.get("is_encoder_decoder"):
     raise UserError(
-        f"a model of type {shown(kind)} is an encoder-decoder, and famjax has decoders: {known()}"
+        f"a model of type {shown(kind)} is an encoder-decoder, and famjax supports decoders: {known()}"
     )
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(f"a model of type {shown(kind)} cannot be converted; {known()}")
@@ -165,7 +165,7 @@ def _refuse_what_is_missing(kind: str, hf: Json) -> None:
     raise UserError(f"{kind}: config.json lacks {missing[0]}")
   for name, value in _NEEDED.items():
     if hf.get(name) not in (value, None):
-      raise UserError(f"{kind}: {name} is {hf[name]}, and famjax has {value} alone")
+      raise UserError(f"{kind}: {name} is {hf[name]}, and famjax supports only {value}")
 
 
 def to_hf(config: ModelConfig) -> Json:
@@ -272,7 +272,7 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
     has_rope = hf.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
     kinds = ["global" if has else "nope" for has in has_rope]
     if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
-      raise UserError("smollm3: use_sliding_window is set, and famjax has it without alone")
+      raise UserError("smollm3: use_sliding_window is set, and famjax supports SmolLM3 only without it")
   elif kind == "mistral":
     kinds = ["global" if window is None else "local"] * count
   elif kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
@@ -359,7 +359,7 @@ def _one_rope(kind: str, entry: Any, theta: float | None, context: int | None) -
   entry = {name: value for name, value in entry.items() if value is not None}
   if entry.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(
-        f"{kind}: partial_rotary_factor is not 1, and famjax has RoPE on whole heads alone"
+        f"{kind}: partial_rotary_factor is not 1, and famjax supports RoPE only on whole heads"
     )
   rope = {"rope_theta": entry.get("rope_theta", theta), "rope_factor": 1.0, "rope_stretch": None}
   if rope["rope_theta"] is None:

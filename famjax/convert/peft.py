@@ -114,7 +114,7 @@ def from_peft(
     )
   if strange:
     known = ", ".join(module.rpartition(".")[2] for module in _MODULES.values())
-    raise UserError(f"it has {shown(strange[0])}, and famjax has LoRA on {known} alone: {_WAY_OUT}")
+    raise UserError(f"it has {shown(strange[0])}, and famjax supports LoRA on {known} only: {_WAY_OUT}")
   modules = {_KNOWN.fullmatch(name)[1] for name in tensors}
   if not modules:
     raise UserError(f"{_WEIGHTS} holds no tensor: fetch it again")
@@ -135,7 +135,7 @@ def from_peft(
       into[...] = tensors[tensor].T.reshape(into.shape)
       unused.discard(tensor)
   if unused:
-    raise UserError(f"it has {min(unused)}, and the base has {config.num_layers} layers alone")
+    raise UserError(f"it has {min(unused)}, and the base has only {config.num_layers} layers")
   factors = {path: jnp.asarray(leaf) for path, leaf in factors.items()}
   return traverse_util.unflatten_dict(factors, sep="/"), config
 
@@ -162,7 +162,7 @@ def _check_tensors(tensors: dict[str, np.ndarray], path: str, shape: tuple[int, 
   rows, columns = _joined(path.rpartition("/")[2], shape[1:])
   for tensor in _tensors(path, shape[0]):
     if tensor not in tensors:
-      raise UserError(f"it lacks {tensor}, and famjax has LoRA in all layers: {_WAY_OUT}")
+      raise UserError(f"it lacks {tensor}, and famjax supports LoRA only in all layers: {_WAY_OUT}")
     found = tensors[tensor].shape
     if found != (columns, rows):
       raise UserError(
@@ -242,11 +242,11 @@ def _rank_and_alpha(adapter: Json) -> tuple[int, float]:
   """Returns those of plain LoRA; raises UserError for any other adapter."""
   settings = schemas.checked(adapter, schemas.Adapter, _CONFIG)
   if settings["peft_type"] != "LORA":
-    raise UserError(f"peft_type is {shown(settings['peft_type'])}, and famjax has LORA alone")
+    raise UserError(f"peft_type is {shown(settings['peft_type'])}, and famjax supports only LORA")
   for name in _PLAIN_WITHOUT:
     if adapter.get(name) and adapter[name] != "none":
       raise UserError(
-          f"{name} is {shown(adapter[name])}, and famjax has plain LoRA alone: {_WAY_OUT}"
+          f"{name} is {shown(adapter[name])}, and famjax supports only plain LoRA: {_WAY_OUT}"
       )
   start = settings["init_lora_weights"]
   if start not in _STARTS:

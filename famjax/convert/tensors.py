@@ -234,7 +234,7 @@ def _check_index(path: pathlib.Path, index: dict[str, str], file: str, names: li
   for name in sorted(set(names) - named):
     raise UserError(
         f"{path}: {file} holds {shown(name)}, which {INDEX} does not say: fetch both again, or"
-        " delete the index if there is one file alone"
+        " delete the index if there is only one file"
     )
 
 

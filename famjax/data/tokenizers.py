@@ -72,7 +72,7 @@ class TokenizerVocabulary:
     """Returns the ids of a text; names of special tokens in it become these.
 
     Raises:
-      UserError: the text has half of a surrogate pair or a token that the model has not, or the
+      UserError: the text has half of a surrogate pair or a token that the model lacks, or the
         tokenizer gives up or takes too long.
     """
     ids = self._encoding(check_text(text), False).ids
@@ -82,7 +82,7 @@ class TokenizerVocabulary:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of ids; special tokens, and ids that the tokenizer has not, give nothing."""
+    """Returns the text of ids; special tokens, and ids that the tokenizer lacks, give nothing."""
     ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
     steps = decoding.steps_of(self._about.decoder)
     try:

@@ -216,13 +216,13 @@ def decoder_of(vocabulary: Vocabulary) -> decoding.Decoder:
 
 
 def check_fits(vocabulary: Vocabulary, vocab_size: int, *, padding: bool = True) -> None:
-  """Raises UserError if a symbol of a vocabulary has an id that the model has not.
+  """Raises UserError if a symbol of a vocabulary has an id that the model lacks.
 
   Args:
     vocabulary: any.
     vocab_size: V of the model; its ids are 0 to V - 1.
     padding: whether padding is used, as training does. Models of the hub often name an id of
-      padding that they have not, and texts are read and written without it.
+      padding that they lack, and reading and writing texts does not need it.
   """
   ends = getattr(vocabulary, "stop_ids", None) or (getattr(vocabulary, "eos_id", None),)
   symbols = [("eos_token_id", i) for i in ends]
@@ -234,7 +234,7 @@ def check_fits(vocabulary: Vocabulary, vocab_size: int, *, padding: bool = True)
 
 
 def outside(vocabulary: Vocabulary, i: int, vocab_size: int) -> str:
-  """Returns what is wrong with an id that a model has not, and the way out."""
+  """Returns what is wrong with an id that a model lacks, and the way out."""
   names = {i: name for name, i in getattr(vocabulary, "outside", {}).items()}
   name = f" ({names[i][:60]!r})" if i in names else ""
   return (

@@ -72,7 +72,7 @@ class Model:
     """Takes a decoder and its vocabulary.
 
     Raises:
-      UserError: a symbol that begins or ends a text has an id that the decoder has not.
+      UserError: a symbol that begins or ends a text has an id that the decoder lacks.
     """
     check_fits(vocabulary, decoder.config.vocab_size, padding=False)
     self.decoder = decoder

@@ -128,7 +128,7 @@ class MemoryConfig:
       raise UserError(f"window is {self.window}, and memory kind {self.kind!r} has none: leave it out")
     for name in ("fam_init", "fam_position"):
       if getattr(self, name) != getattr(type(self), name):
-        what = f"{name} is {getattr(self, name)!r}, which is an option of kind 'fam' alone"
+        what = f"{name} is {getattr(self, name)!r}, which only kind 'fam' has"
         raise UserError(f"{what}, and the kind is {self.kind!r}: leave it out")
     how.validate(self)
 

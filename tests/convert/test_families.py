@@ -84,7 +84,7 @@ def test_a_model_of_ours_becomes_the_plainest_family_that_it_fits():
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, '"t5" is an encoder-decoder.*llama'),
         ({"model_type": "gpt2"}, 'of type "gpt2" cannot be converted; there is llama'),
-        ({"attention_bias": True}, "llama: attention_bias is True, and famjax has False alone"),
+        ({"attention_bias": True}, "llama: attention_bias is True, and famjax supports only False"),
         ({"hidden_act": "relu"}, 'llama: the activation "relu" is not one that famjax has for it'),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, 'RoPE of type "yarn" is not one'),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, '"chunked"'),

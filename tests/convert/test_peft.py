@@ -173,13 +173,13 @@ def rename(directory, old, new):
 @pytest.mark.parametrize(
     "what, message",
     [
-        (dict(use_dora=True), "use_dora is true, and famjax has plain LoRA alone: merge it"),
-        (dict(bias="all"), 'bias is "all", and famjax has plain LoRA alone: merge it'),
+        (dict(use_dora=True), "use_dora is true, and famjax supports only plain LoRA: merge it"),
+        (dict(bias="all"), 'bias is "all", and famjax supports only plain LoRA: merge it'),
         (dict(modules_to_save=["lm_head"]), r'modules_to_save is \["lm_head"\]'),
         (dict(rank_pattern={"q_proj": 8}), 'rank_pattern is {"q_proj": 8}'),
         (dict(alpha_pattern={"q_proj": 8}), 'alpha_pattern is {"q_proj": 8}'),
         (dict(init_lora_weights="pissa"), 'init_lora_weights is "pissa", which changes the base'),
-        (dict(peft_type="IA3"), 'peft_type is "IA3", and famjax has LORA alone'),
+        (dict(peft_type="IA3"), 'peft_type is "IA3", and famjax supports only LORA'),
         (dict(r=None), "adapter_config.json: r is null: Expected int"),
         (dict(lora_alpha=0), "adapter_config.json: lora_alpha is 0: Expected float > 0"),
         (dict(r=4), r"k_proj.lora_A.weight is \[3, 32\], and rank and base ask for \[4, 32\]"),
@@ -188,9 +188,9 @@ def rename(directory, old, new):
         (("base_model.model.model.", ""), "PEFT takes names that begin with base_model.model"),
         (("model.layers", "model.model.layers"), "PEFT takes names that begin with base_model.model"),
         (("model.layers", "language_model.layers"), "PEFT takes names that begin with base_model"),
-        ((".weight", ""), "famjax has LoRA on q_proj, .* alone"),
-        (("mlp.up_proj", "mlp.fc1"), r"has \S+mlp.fc1\S+, and famjax has LoRA on q_proj, .* alone"),
-        (("model.layers.2", "gone"), r"lacks \S+layers.2\S+, and famjax has LoRA in all layers"),
+        ((".weight", ""), "famjax supports LoRA on q_proj, .* only"),
+        (("mlp.up_proj", "mlp.fc1"), r"has \S+mlp.fc1\S+, and famjax supports LoRA on q_proj, .* only"),
+        (("model.layers.2", "gone"), r"lacks \S+layers.2\S+, and famjax supports LoRA only in all layers"),
         (("model.layers.2.mlp.up", "model.layers.3.mlp.up"), "lacks .*layers.2.mlp.up_proj"),
         (("", "gone"), "adapter_model.safetensors holds no tensor: fetch it again"),
         (_CONFIG, "has no adapter_config.json of a PEFT adapter"),
@@ -232,7 +232,7 @@ def test_the_name_of_the_adapter_in_names_of_tensors(places, plain, tmp_path):
 
 def test_an_adapter_of_a_deeper_model(places, plain):
   params, config = plain
-  with pytest.raises(UserError, match=r"has \S+layers.2\S+, and the base has 2 layers alone"):
+  with pytest.raises(UserError, match=r"has \S+layers.2\S+, and the base has only 2 layers"):
     ours.read(places / "adapter", params, dataclasses.replace(config, num_layers=2))
 
 

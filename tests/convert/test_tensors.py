@@ -247,12 +247,12 @@ def test_links_of_the_hub_s_cache(copy, tmp_path):
   (snapshot / "config.json").symlink_to(copy / "config.json")
   refused(snapshot, "which is outside of")
   for place in (model, model / "snapshots"):
-    with pytest.raises(UserError, match="is of the hub's cache, with owner/name in .*snapshots/0123"):
+    with pytest.raises(UserError, match="is a folder of the hub's cache; owner/name is in .*snapshots/0123"):
       famjax.load(str(place))
   shutil.rmtree(snapshot)
   snapshot.mkdir()
   for place in (model, snapshot):
-    with pytest.raises(UserError, match="holds no snapshot of owner/name: fetch it with: hf download"):
+    with pytest.raises(UserError, match="without a snapshot of owner/name: fetch it with: hf download"):
       famjax.load(str(place))
 
 

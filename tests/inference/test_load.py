@@ -92,5 +92,5 @@ def test_a_t5x_checkpoint_is_refused_with_what_there_is(tmp_path):
   """As T5X leaves Flan-T5: a msgpack file named checkpoint, a zarr directory for each large array."""
   (tmp_path / "checkpoint").write_bytes(b"\x82")
   (tmp_path / "target.encoder.layers_0.attention.query.kernel").mkdir()
-  with pytest.raises(UserError, match="Flan-T5 are encoder-decoders, and famjax has decoders: .*gemma"):
+  with pytest.raises(UserError, match="Flan-T5 are encoder-decoders, and famjax supports decoders: .*gemma"):
     famjax.load(str(tmp_path))

@@ -417,7 +417,7 @@ def test_an_option_of_a_wrong_type_is_named(kind, option, value):
 def test_options_of_fam_alone_are_refused(option):
   config = rival("feedback")
   config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **option))
-  with pytest.raises(UserError, match=r"fam_\w+ is '\w+', which is an option of kind 'fam' alone"):
+  with pytest.raises(UserError, match=r"fam_\w+ is '\w+', which only kind 'fam' has"):
     config.validate()
 
 
