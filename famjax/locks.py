@@ -155,10 +155,11 @@ class Lock:
       if file.name == self._file.name:
         continue
       while (other := _read(file)) is not None:
-        if other.machine == self._me.machine:
-          alive = _process_start(other.pid) == other.process
-        else:
+        started = _process_start(other.pid) if other.machine == self._me.machine else None
+        if started is None:
           alive = _is_rewritten(file, other, self._what)
+        else:
+          alive = started == other.process
         if not alive:
           for left in (file, file.with_name(f".tmp{file.name}")):
             with contextlib.suppress(OSError):
@@ -242,21 +243,24 @@ def _machine() -> str:
     return f"{socket.gethostname()}/{uuid.getnode()}"
 
 
-def _process_start(pid: int) -> str:
-  """Returns when a process started; "" if there is no such process. A number is used again later."""
+def _process_start(pid: int) -> str | None:
+  """Returns when a process started, because its number is used again later.
+
+  Returns:
+    "": There is no such process. None: It is hidden, as other users' processes can be.
+  """
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     state, *rest = stat.rpartition(")")[2].split()
     return "" if state in "ZX" else rest[18]
-  except FileNotFoundError:
-    if pathlib.Path("/proc/self").exists():
-      return ""
-  except OSError:
+  except ProcessLookupError:  # it has just ended
     return ""
-  try:  # a system without /proc
+  except OSError:  # no such process, a hidden one (`hidepid`), or a system without /proc
+    pass
+  try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):
     return ""
   except PermissionError:
-    pass
-  return "alive"
+    return None
+  return None if pathlib.Path("/proc/self").exists() else "alive"

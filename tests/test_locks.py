@@ -127,6 +127,31 @@ def test_a_holder_on_another_machine_that_lives(tmp_path, monkeypatch, capsys):
   assert "waiting up to 20 s" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])  # hidepid=2 and hidepid=1
+def test_a_holder_whose_process_is_hidden_is_not_taken_to_be_gone(tmp_path, monkeypatch, capsys, error):
+  """Systems of many users hide processes; the holder's file says whether it lives."""
+  me = locks.Lock(tmp_path, "x")._me  # pylint: disable=protected-access
+  read = pathlib.Path.read_text
+
+  def hidden(path, *args, **options):
+    if str(path) == "/proc/7/stat":
+      raise error(str(path))
+    return read(path, *args, **options)
+
+  def kill(pid, number):
+    assert (pid, number) == (7, 0)
+    raise PermissionError
+
+  monkeypatch.setattr(pathlib.Path, "read_text", hidden)
+  monkeypatch.setattr(os, "kill", kill)
+  monkeypatch.setattr(locks, "LEASE", 0.5)
+  elsewhere(tmp_path, machine=me.machine)
+  started = time.monotonic()
+  with locks.held(tmp_path, "run directory"):
+    assert time.monotonic() - started >= 0.5  # it might have been rewritten
+  assert "waiting up to" in capsys.readouterr().err
+
+
 def test_a_holder_on_another_machine_that_is_gone(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(locks, "LEASE", 0.5)
   elsewhere(tmp_path)
