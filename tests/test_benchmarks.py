@@ -150,21 +150,23 @@ def test_every_row_of_the_paper_is_a_study_that_can_be_run(load, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_of_the_paper_runs(load, tmp_path):
-  """All rows with a few steps of one layer; what is there is not made again."""
+def test_rows_of_the_paper_run(load, tmp_path):
+  """A few steps of one layer, for a row of each task and Tables 13 and 14; nothing is made twice."""
+  rows = ("table6", "table8")
   paper = load("paper")
+  assert {paper.ROWS[row].base for row in rows} == {row.base for row in paper.ROWS.values()}
   command = [sys.executable, BENCHMARKS / "paper.py", "--fast", f"--out={tmp_path}"]
+  command += [f"--row={row}" for row in (*rows, paper.COST)]
   subprocess.run(command, check=True, cwd=BENCHMARKS.parent, stdout=subprocess.DEVNULL)
   report = json.loads((tmp_path / "report.json").read_text())
-  assert list(report["claims"]) == list(paper.ROWS)
+  assert list(report["claims"]) == list(rows)
   tables = (tmp_path / "tables.md").read_text()
-  assert all(f"## {row.name}\n" in tables for row in paper.ROWS.values())
-  assert "## Tables 13 and 14" in tables and (tmp_path / "paper.png").stat().st_size > 50_000
+  assert all(f"## {paper.ROWS[row].name}\n" in tables for row in rows)
+  assert "## Tables 13 and 14" in tables and (tmp_path / "paper.png").stat().st_size > 20_000
   trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.seconds")}
-  models = {x for row in paper.ROWS.values() for c in row.claims for x in (c.one, c.other)}
-  assert len(trained) > len(models)
-  again = [*command, "--row=fig3a", "--row=tables13_14"]
-  subprocess.run(again, check=True, cwd=BENCHMARKS.parent, stdout=subprocess.DEVNULL)
+  models = {x for row in rows for c in paper.ROWS[row].claims for x in (c.one, c.other)}
+  assert len(trained) >= len(models)
+  subprocess.run(command, check=True, cwd=BENCHMARKS.parent, stdout=subprocess.DEVNULL)
   assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.seconds")}
 
 

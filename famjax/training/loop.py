@@ -96,6 +96,7 @@ def train(
   )  # fmt: skip
   run_dir = run_directory.place(run_dir)
   with run_directory.locked(run_dir) as lock:
+    run_directory.check(run_dir, description)  # another run may have begun here since
     return _train(
         run_dir, lock, description, model, train_reader, optimizer, config, eval_reader, vocabulary,
         mesh, rules,

@@ -102,7 +102,7 @@ def test_gradients_reach_the_fam_from_its_last_use(config):
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
-@pytest.mark.parametrize("cuts", [None, (2, 7, 9), tuple(range(1, 10))])
+@pytest.mark.parametrize("cuts", [None, (2, 7, 9), (4, 5, 6, 9)])
 def test_gradients_cross_segments_unless_stopped(stop_gradient, cuts):
   """Three blocks, two layers, M = 1: the last block's gradient reaches all, or itself alone."""
   config = dataclasses.replace(
@@ -143,6 +143,12 @@ def test_padding_gets_no_gradient():
   np.testing.assert_array_equal(reached > 0, np.arange(9) < 7)
 
 
+@functools.cache
+def _on_a_cpu(lora_rank):
+  config = dataclasses.replace(cases.FAM[1], lora_rank=lora_rank)
+  return leaves(gradient.__wrapped__(config, *draw(config, 5, batch=2)))
+
+
 @pytest.mark.parametrize(
     "lora_rank, platform, split",
     [(0, "gpu", False), (0, "tpu", False), (2, "gpu", False), (2, "tpu", False), (2, "tpu", True)],
@@ -153,7 +159,7 @@ def test_products_are_the_same_as_a_cpu_and_an_accelerator_are_given_them(
   """Over one axis of tokens and over several; on a TPU with LoRA's factors joined to matrices."""
   config = dataclasses.replace(cases.FAM[1], lora_rank=lora_rank)
   params, tokens, weights = draw(config, 5, batch=2)
-  here = leaves(gradient.__wrapped__(config, params, tokens, weights))
+  here = _on_a_cpu(lora_rank)
   monkeypatch.setattr(axes, "platform", lambda: platform)
   monkeypatch.setattr(axes, "is_split", lambda *_: split)
   monkeypatch.setattr(layers, "_MANY", 1)
