@@ -291,7 +291,7 @@ def _layers(kind: str, family: Family, hf: Json) -> Json:
   else:
     every = hf.get("sliding_window_pattern") if kind == "gemma3_text" else None
     every = family.every if every is None else every
-    if every < 0 or (every == 0 and family.every):
+    if family.every and every < 1:
       raise UserError(f"{kind}: sliding_window_pattern is {every}, and it must be at least 1")
     kinds = ["local" if every and (layer + 1) % every else "global" for layer in range(count)]
   if len(kinds) != count:

@@ -152,22 +152,21 @@ class PairFiles:
   def _look_through(self, skip_bad: bool) -> int:
     """Tries every template on every record, and returns the number of records that it left out."""
     skipped, worst = 0, None
-    progress = tqdm(
-        total=sum(map(len, self._files)), desc="checking pairs", unit=" records", leave=False,
-        delay=QUIET_SECONDS, mininterval=1,
-    )  # fmt: skip
-    for file in self._files:
-      good = np.ones(len(file), bool)
-      for index, error in enumerate(self._errors(file)):
-        if error is not None and not skip_bad:
-          progress.close()
-          raise UserError(f"{error} (to leave such records out: PairFiles.skip_bad=True)")
-        good[index] = error is None
-        worst = worst or error
-        progress.update()
-      skipped += len(file) - int(good.sum())
-      file.keep(good)
-    progress.close()
+    total = sum(map(len, self._files))
+    with tqdm(
+        total=total, desc="checking pairs", unit=" records", leave=False, delay=QUIET_SECONDS,
+        mininterval=1,
+    ) as progress:  # fmt: skip
+      for file in self._files:
+        good = np.ones(len(file), bool)
+        for index, error in enumerate(self._errors(file)):
+          if error is not None and not skip_bad:
+            raise UserError(f"{error} (to leave such records out: PairFiles.skip_bad=True)")
+          good[index] = error is None
+          worst = worst or error
+          progress.update()
+        skipped += len(file) - int(good.sum())
+        file.keep(good)
     if not any(map(len, self._files)):
       raise UserError(f"no record can be used; the first: {worst}")
     if skipped:

@@ -97,7 +97,7 @@ def test_detached_changes_neither_numbers_nor_the_gradients_of_outputs(blocks, o
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_of_detached), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(a).max())))
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(of_detached), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=5e-4 * float(jnp.abs(a).max()))
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(a).max()))
 
 
 @pytest.mark.parametrize("order", ["with_tokens", "before_tokens"])
