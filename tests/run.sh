@@ -8,7 +8,7 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-famjax_environment test,hf,tpu,eval  # hf: to compare with; eval: what is asked
+famjax_environment "${EXTRAS:-test,hf,tpu,eval}"  # hf: to compare with; eval: what is asked
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 say "running the tests"
 # Whole files go to a worker: tests of one file share what they compiled.

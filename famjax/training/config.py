@@ -1,6 +1,7 @@
 """What a training run does, apart from its model, data and optimizer."""
 
 import dataclasses
+import math
 
 from famjax.errors import UserError
 
@@ -21,13 +22,10 @@ class TrainConfig:
     trainable: the parameters that are trained: "full", "lora" (LoRA's factors and the FAM's own
       weights), "fam" (those alone: a memory for a frozen model); None: "lora" for a model that has
       LoRA, "full" for one that has not.
-    fam_noise: normal noise on the FAM of every row that is followed, before each step, as a share
-      of the FAM's root mean square; each row draws a factor from [0, 1) for it. It teaches the loop
-      to pull a disturbed memory back, and so to hold it longer. Not in the paper.
-    fam_noise_from: the first step with that noise.
     fam_block_noise: Normal noise on the FAM after every block of a step, as a share of its root mean
       square; each row draws a factor from [0, 1) for it. The loop has to remove the noise block by
-      block, so that what it holds does not drift. Not in the paper.
+      block, so that what it holds does not drift. A number, or pairs of a step and the number from
+      that step on: ((0, 0.5), (1500, 0.25)). Not in the paper.
     rsp_probability: of a starting row starting from the kept FAM (random state passing, B.2.3); the
       paper's best is 0.8. Without a FAM it does nothing.
     rsp_from: the first step that passes it. The paper starts from a pretrained model and passes at
@@ -52,9 +50,7 @@ class TrainConfig:
   follow_rows: bool = False
   objective: str = "next_token"
   trainable: str | None = None
-  fam_noise: float = 0.0
-  fam_noise_from: int = 0
-  fam_block_noise: float = 0.0
+  fam_block_noise: float | tuple[tuple[int, float], ...] = 0.0
   rsp_probability: float = 0.0
   rsp_from: int = 0
   random_offset: bool = False
@@ -78,20 +74,35 @@ class TrainConfig:
       if getattr(self, name) < 1:
         raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
     for name in (
-        "seed", "fam_noise", "fam_noise_from", "fam_block_noise", "rsp_from", "eval_every", "look_every",
-        "checkpoint_every",
+        "seed", "rsp_from", "eval_every", "look_every", "checkpoint_every",
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
     if self.objective not in ("next_token", "distill"):
       raise UserError(f"objective {self.objective!r} is unknown; choose next_token or distill")
-    if self.fam_noise and not self.follow_rows:
-      raise UserError(
-          f"fam_noise is {self.fam_noise}, and no row is followed from step to step, so that it would"
-          " do nothing: set follow_rows, or leave it out"
-      )
+    self.block_noise_stages()
     if not 0 <= self.rsp_probability <= 1:
       raise UserError(f"rsp_probability is {self.rsp_probability}; it must be in [0, 1]")
+
+  def block_noise_stages(self) -> tuple[tuple[int, float], ...]:
+    """Returns `fam_block_noise` as pairs of a step and the noise from that step on.
+
+    Raises:
+      UserError: it's neither a number nor such pairs, or a number is negative.
+    """
+    noise = self.fam_block_noise
+    stages = noise if isinstance(noise, (tuple, list)) else ((0, noise),)
+    try:
+      stages = tuple((int(step), float(share)) for step, share in stages)
+    except (TypeError, ValueError):
+      stages = ()
+    steps = [step for step, _ in stages]
+    if steps[:1] != [0] or steps != sorted(set(steps)) or not all(0 <= x < math.inf for _, x in stages):
+      raise UserError(
+          f"fam_block_noise is {noise}: use a number of at least 0, or pairs of a step and a number;"
+          " the first step is 0 and steps grow: ((0, 0.5), (1500, 0.25))"
+      )
+    return stages
 
   def check_batch_size(self, batch_size: int, row_parts: int = 1) -> None:
     """Raises UserError if rows cannot be dealt out to devices and microbatches alike."""

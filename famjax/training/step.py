@@ -159,11 +159,8 @@ def starting_memory(
   """
   B = start.shape[0]
   key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-  offset_key, coin_key, passing_key, noise_key = jax.random.split(key, 4)
+  offset_key, coin_key, passing_key = jax.random.split(key, 3)
   memory = state.carry
-  if memory is not None and config.fam_noise:
-    noise = config.fam_noise * (state.step >= config.fam_noise_from)
-    memory = memory.replace(fam=disturbed(memory.fam, noise_key, noise))
   if memory is None:
     memory, start = empty_state(model_config, B, past=False), jnp.ones(B, bool)
   offset = jnp.zeros(B, jnp.int32)
@@ -185,7 +182,7 @@ def block_noise(
 ) -> jax.Array | None:
   """Returns the noise of a step on the FAM, `[B, T, F, D]`, the same one in all layers.
 
-  It is normal, `fam_block_noise` times a factor in `[0, 1)` that each row draws.
+  It is normal, `fam_block_noise` at the state's step times a factor in `[0, 1)` that each row draws.
 
   Args:
     state: of the run; its step and random key decide what is drawn.
@@ -194,21 +191,16 @@ def block_noise(
     config: `fam_block_noise`.
   """
   memory = model_config.memory
-  if not config.fam_block_noise or not memory.length:
+  stages = config.block_noise_stages()
+  if not memory.length or not any(share for _, share in stages):
     return None
   B, T = shape[0], shape[1] // memory.block_size
   key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
   factor_key, normal_key = jax.random.split(jax.random.fold_in(key, 1))
-  factor = config.fam_block_noise * jax.random.uniform(factor_key, (B, 1, 1, 1))
+  constants = [optax.constant_schedule(share) for _, share in stages]
+  share = optax.join_schedules(constants, [step for step, _ in stages[1:]])(state.step)
+  factor = share * jax.random.uniform(factor_key, (B, 1, 1, 1))
   return factor * jax.random.normal(normal_key, (B, T, memory.length, model_config.model_dim))
-
-
-def disturbed(fam: jax.Array, key: jax.Array, noise: float | jax.Array) -> jax.Array:
-  """A FAM `[L, B, F, D]` with normal noise: `noise` of its size (RMS) times a row's factor."""
-  normal_key, factor_key = jax.random.split(key)
-  size = jnp.sqrt(jnp.square(fam).mean(-1, keepdims=True)) * jnp.asarray(noise, fam.dtype)
-  factor = jax.random.uniform(factor_key, (1, fam.shape[1], 1, 1), fam.dtype)
-  return fam + size * factor * jax.random.normal(normal_key, fam.shape, fam.dtype)
 
 
 def make_eval_step(

@@ -29,7 +29,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
         dataclasses.replace(MODEL, lora_rank=2, remat="full", feedback_order="with_tokens"),
         dataclasses.replace(toy.OPTIMIZER, learning_rate=0.05),
         dict(accumulate=2, rsp_probability=0.8, random_offset=True),
-        ("one device", "data", "fsdp", "tensor", "mixed"),
+        ("one device", "tensor", "mixed"),
     ),
     "all parameters, Adafactor, rows followed": (
         MODEL, dataclasses.replace(toy.OPTIMIZER, name="adafactor"),
@@ -42,7 +42,7 @@ SETTINGS = {  # model, optimizer, training; and the meshes it is tried on
             memory=dataclasses.replace(MODEL.memory, kind="infini", memory_segments=1),
             feedback_unroll=2,
         ),
-        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed", "moved"),
+        toy.OPTIMIZER, dict(follow_rows=True), ("one device", "mixed"),
     ),
 }  # fmt: skip
 MESHES = {

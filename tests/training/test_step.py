@@ -11,8 +11,7 @@ import pytest
 from famjax.errors import UserError
 from famjax.model.decoder import Decoder
 from famjax.model.state import empty_state
-from famjax.training.step import disturbed, join_rows, make_eval_step, split_rows
-from famjax.training.step import block_noise, starting_memory
+from famjax.training.step import block_noise, join_rows, make_eval_step, split_rows, starting_memory
 from famjax.training.train_state import split
 from tests.training import toy
 
@@ -165,25 +164,6 @@ def test_evaluation_follows_rows():
   assert nothing is None and alone.loss == pytest.approx(float(sums.loss), rel=1e-5)
 
 
-def test_noise_is_a_share_of_each_vectors_size_and_differs_by_row():
-  fam = jnp.full((2, 64, 3, 256), 2.0)
-  moved = disturbed(fam, jax.random.key(0), 0.5) - fam
-  size = np.asarray(jnp.sqrt(jnp.square(moved).mean((0, 2, 3))))  # [B]
-  # A row's factor is uniform in [0, 1): at most 0.5 * 2.0, with 5 % for 1,536 draws.
-  assert 0.5 < size.max() < 1.05 and size.min() < 0.2
-  np.testing.assert_array_equal(disturbed(fam, jax.random.key(0), 0.0), fam)
-
-
-def test_noise_begins_at_a_step():
-  config = change(toy.TRAIN, follow_rows=True, fam_noise=0.5, fam_noise_from=3)
-  state, _ = toy.setting(train=config)
-  state = state.replace(carry=state.carry.replace(fam=jnp.ones_like(state.carry.fam)))
-  for step, moves in ((2, False), (3, True)):
-    at = state.replace(step=jnp.int32(step))
-    memory, _ = starting_memory(at, np.zeros(4, bool), toy.MODEL, config)
-    assert (np.asarray(memory.fam) != 1).any() == moves and memory.fam.dtype == state.carry.fam.dtype
-
-
 def test_noise_of_a_block_is_drawn_per_row_and_step():
   config = change(toy.TRAIN, fam_block_noise=0.5)
   state, _ = toy.setting(toy.MODEL)
@@ -199,6 +179,20 @@ def test_noise_of_a_block_is_drawn_per_row_and_step():
   assert block_noise(state, (2, 12), toy.BSWA, config) is None
 
 
-def test_noise_on_rows_that_nothing_follows_is_refused():
-  with pytest.raises(UserError, match="fam_noise is 0.7, and no row is followed"):
-    change(toy.TRAIN, fam_noise=0.7).validate()
+def test_noise_of_a_block_changes_at_a_step():
+  state, _ = toy.setting(toy.MODEL)
+  at = lambda step, noise: np.asarray(block_noise(
+      state.replace(step=jnp.int32(step)), (2, 12), toy.MODEL, change(toy.TRAIN, fam_block_noise=noise)
+  ))  # fmt: skip
+  for step, noise in ((0, 0.5), (2, 0.5), (3, 0.25), (5, 0.25), (6, 0.0), (99, 0.0)):
+    stages = ((0, 0.5), (3, 0.25), (6, 0.0))
+    np.testing.assert_array_equal(at(step, stages), noise * at(step, 1.0))
+
+
+@pytest.mark.parametrize("noise", [
+    -0.1, float("nan"), float("inf"), "a lot", (), ((1, 0.5),), ((0, 0.5), (0, 0.2)), ((0, -1),),
+    (0, 0.5), ((0, 0.5), (9, 0.2), (4, 0.1)), ((0, 0.5, 1),),
+], ids=str)  # fmt: skip
+def test_noise_that_makes_no_sense_is_refused(noise):
+  with pytest.raises(UserError, match="fam_block_noise is .*: use a number of at least 0, or pairs"):
+    change(toy.TRAIN, fam_block_noise=noise).validate()
