@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from flax import nnx
 import jax
 import numpy as np
 
@@ -31,7 +32,10 @@ def command(arguments: argparse.Namespace) -> int:
   text = text_of(arguments.text, arguments.file, needed=True)
   tokens = encode_text(model.vocabulary, text)
   tokens = tokens[: arguments.blocks * model.config.memory.block_size]
-  found = look(model.decoder, np.asarray(tokens, np.int32))
+  graphdef, params = nnx.split(model.decoder)
+  # One program compiles in less time than each of its operations.
+  seen = jax.jit(lambda params, tokens: look(nnx.merge(graphdef, params), tokens))
+  found = seen(params, np.asarray(tokens, np.int32))
   out = pathlib.Path(arguments.out)
   rows = write_report(found, out, {"model": str(arguments.model), "blocks": found.fam.shape[1]})
   print("layer  " + "".join(f"{name:>10}" for name in rows[0]))

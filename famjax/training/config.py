@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 from famjax.errors import UserError
 
@@ -93,7 +94,7 @@ class TrainConfig:
     noise = self.fam_block_noise
     stages = noise if isinstance(noise, (tuple, list)) else ((0, noise),)
     try:
-      stages = tuple((int(step), float(share)) for step, share in stages)
+      stages = tuple((operator.index(step), float(share)) for step, share in stages)
     except (TypeError, ValueError):
       stages = ()
     steps = [step for step, _ in stages]

@@ -32,7 +32,7 @@ from tests.convert import tiny as hub
 from tests.data import chats
 from tests.inference import tiny
 
-BATCH = 3
+BATCH = 2
 # Not the harness's own 14,000 tasks, which take seconds to list.
 TASKS_OF = functools.partial(TaskManager, include_defaults=False)
 RULER = pathlib.Path(lm_eval.__file__).parent / "tasks" / "ruler"
@@ -145,7 +145,7 @@ def test_no_length_is_compiled_anew(harness):
   rolling = lambda *lengths: harness.loglikelihood_rolling(
       ask("loglikelihood_rolling", *(("a" * n,) for n in lengths)), disable_tqdm=True
   )
-  rolling((engine.CHUNK_BLOCKS + 4 + 2 + 1) * N + N - 2, 1, 1)
+  rolling((2 * engine.CHUNK_BLOCKS - 1) * N + N - 2, 1)
   score = engine._score  # pylint: disable=protected-access
   sizes = score._cache_size()  # pylint: disable=protected-access
   rolling(20 * engine.CHUNK_BLOCKS * N + 3, 77, 5, 200, 12)

@@ -48,7 +48,7 @@ def asked(name, data):
 @pytest.mark.parametrize("name", ["quality", "winogrande", "record"])
 def test_the_likeliest_option_is_taken(model, data, tmp_path, name):
   """One context; a context for each option; options of unequal length."""
-  what = TaskEval((name,), data, batch_size=3)
+  what = TaskEval((name,), data, batch_size=2)
   record = Record(tmp_path, {})
   found = what.run(model, record)
   examples = asked(name, data)

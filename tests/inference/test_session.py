@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from famjax.errors import UserError
-from famjax.inference import session
+from famjax.inference import engine, session
 from famjax.inference.model import Model
 from famjax.model.decoder import Decoder
 from tests.inference import tiny
@@ -65,7 +65,8 @@ def test_reading_in_sittings_equals_reading_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_million_tokens_in_three_sittings_equal_a_million_at_once(tmp_path):
+def test_a_million_tokens_in_three_sittings_equal_a_million_at_once(tmp_path, monkeypatch):
+  monkeypatch.setattr(engine, "CHUNK_BLOCKS", 8)
   config = tiny.config(block_size=128, fam_length=8)
   model = Model(Decoder(config, rngs=nnx.Rngs(0)), tiny.BYTES)
   tokens = np.random.default_rng(0).integers(3, 259, 1_000_000)

@@ -6,8 +6,10 @@ import pathlib
 from flax import nnx
 import jax
 import numpy as np
+import pytest
 
 from famjax.data.vocabularies import load_vocabulary
+from famjax.inference import engine
 from famjax.inference.model import Model
 from famjax.model.config import MemoryConfig, ModelConfig
 from famjax.model.decoder import Decoder
@@ -20,6 +22,14 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
     memory=MemoryConfig("fam", block_size=4, memory_segments=1, fam_length=2),
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+  """Lets models read two blocks in a call at most: three shapes are compiled in place of five."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine, "CHUNK_BLOCKS", 2)
+    yield
 
 
 def config(kind: str = "fam", **memory) -> ModelConfig:

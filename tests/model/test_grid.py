@@ -56,7 +56,7 @@ def test_orders_are_equal(monkeypatch, segments, of_memory, options):
   value, grads = found("before_tokens", "cpu")
   forms = [("with_tokens", "cpu", 0)]
   if "attention_kernel" not in options:  # a GPU has a FAM's keys in one set; the sum has terms of 900 in all
-    forms += [("before_tokens", "gpu", 4e-3), ("with_tokens", "gpu", 4e-3)]
+    forms += [("before_tokens" if segments else "with_tokens", "gpu", 4e-3)]
   for order, platform, room in forms:
     other, of_other = found(order, platform)
     np.testing.assert_allclose(other, value, rtol=1e-5, atol=room)
@@ -66,13 +66,13 @@ def test_orders_are_equal(monkeypatch, segments, of_memory, options):
       np.testing.assert_allclose(a, b, rtol=0, atol=5e-4 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("order", ["with_tokens", "before_tokens"])
-@pytest.mark.parametrize("blocks, options", [
-    (1, {"remat": "full"}),
-    (3, {}),
-    (3, {"lora_rank": 2, "remat": "full", "feedback_unroll": 2}),
+@pytest.mark.parametrize("order, blocks, options", [
+    ("with_tokens", 1, {"remat": "full"}),
+    ("before_tokens", 3, {}),
+    ("with_tokens", 3, {"lora_rank": 2, "remat": "full", "feedback_unroll": 2}),
+    ("before_tokens", 3, {"lora_rank": 2, "remat": "full", "feedback_unroll": 2}),
 ], ids=str)  # fmt: skip
-def test_detached_changes_neither_numbers_nor_the_gradients_of_outputs(blocks, options, order):
+def test_detached_changes_neither_numbers_nor_the_gradients_of_outputs(order, blocks, options):
   """A row that goes on and one that starts, which ends within a block; a sum of the state counts for nothing."""
   config = cases.fam(SIZE, 1, 2, 2, (2, 1), feedback_order=order, **options)
   params = cases.random_params(config, 0)

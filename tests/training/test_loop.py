@@ -64,13 +64,14 @@ def test_looks_at_the_fam(tmp_path):
   names = ("write", "read", "slots", "energy", "distance")
   reader = toy.ToyReader()
   batch, _ = reader.read(np.array([3, 12]), 3)
-  decoder = nnx.merge(abstract(toy.MODEL)[0], plain.state.params)
+  graphdef = abstract(toy.MODEL)[0]
+  look = lambda params, row: diagnostics.measures(diagnostics.look(nnx.merge(graphdef, params), row))
   most = 4 * toy.MODEL.memory.block_size
   row = batch["tokens"][np.argmax(batch["lengths"])][:most]
-  measured = jax.device_get(diagnostics.measures(diagnostics.look(decoder, row)))
+  measured = jax.device_get(jax.jit(look)(plain.state.params, row))
   for name in names:
     layers = [lines[1][f"{name}/{l}"] for l in range(toy.MODEL.num_layers)]
-    np.testing.assert_allclose(layers, measured[name], rtol=1e-4)  # compiled and not
+    np.testing.assert_allclose(layers, measured[name], rtol=1e-4)  # compiled in two ways
     assert lines[1][name] == pytest.approx(np.mean(layers))
 
 

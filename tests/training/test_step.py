@@ -191,7 +191,7 @@ def test_noise_of_a_block_changes_at_a_step():
 
 @pytest.mark.parametrize("noise", [
     -0.1, float("nan"), float("inf"), "a lot", (), ((1, 0.5),), ((0, 0.5), (0, 0.2)), ((0, -1),),
-    (0, 0.5), ((0, 0.5), (9, 0.2), (4, 0.1)), ((0, 0.5, 1),),
+    (0, 0.5), ((0, 0.5), (9, 0.2), (4, 0.1)), ((0, 0.5, 1),), ((0, 0.5), (9.5, 0.2)),
 ], ids=str)  # fmt: skip
 def test_noise_that_makes_no_sense_is_refused(noise):
   with pytest.raises(UserError, match="fam_block_noise is .*: use a number of at least 0, or pairs"):
