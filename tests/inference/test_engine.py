@@ -58,7 +58,7 @@ def test_pieces_are_all_that_rows_have_to_read_in_few_shapes(rows, N):  # pylint
   positions, lengths = np.array(rows).T
   place, shapes = positions.copy(), set()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(engine, "CHUNK_BLOCKS", 8)  # as it is outside of these tests
+    patch.setattr(engine, "CHUNK_BLOCKS", tiny.CHUNK_BLOCKS)
     pieces = list(engine.pieces(positions, lengths, N))
   for piece in pieces:
     assert 0 < piece.counts.max() <= piece.size
@@ -67,7 +67,7 @@ def test_pieces_are_all_that_rows_have_to_read_in_few_shapes(rows, N):  # pylint
       assert piece.size <= N and (place % N + piece.counts <= N)[moving].all()
     else:
       assert piece.size % N == 0 and (place % N == 0)[moving].all()
-      assert piece.size // N in (1, 2, 4, 8)
+      assert piece.size // N in (1, 2, 4, tiny.CHUNK_BLOCKS)
     shapes.add((piece.size, piece.within))
     place += piece.counts
   np.testing.assert_array_equal(place, positions + lengths)

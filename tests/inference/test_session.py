@@ -66,7 +66,7 @@ def test_reading_in_sittings_equals_reading_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_tokens_in_three_sittings_equal_a_million_at_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(engine, "CHUNK_BLOCKS", 8)
+  monkeypatch.setattr(engine, "CHUNK_BLOCKS", tiny.CHUNK_BLOCKS)
   config = tiny.config(block_size=128, fam_length=8)
   model = Model(Decoder(config, rngs=nnx.Rngs(0)), tiny.BYTES)
   tokens = np.random.default_rng(0).integers(3, 259, 1_000_000)

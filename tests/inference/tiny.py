@@ -17,6 +17,7 @@ from famjax.training.checkpoint import About, Checkpoints
 from tests.training import toy
 
 BYTES = load_vocabulary("bytes")
+CHUNK_BLOCKS = engine.CHUNK_BLOCKS  # as it is outside of `few_shapes`
 CONFIG = ModelConfig(
     vocab_size=BYTES.vocab_size, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, ff_dim=32,
     tie_embeddings=False,
