@@ -3,16 +3,14 @@
 import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from famjax.training.storage import list_steps
+from tests import forks
 
 pytestmark = pytest.mark.slow
 
@@ -31,26 +29,28 @@ def processes(run_dir, number, *more):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  started = []
-  for i in range(number):
-    flags = f"--xla_force_host_platform_device_count={4 // number} " + os.environ["XLA_FLAGS"]
-    many = ["--distributed"] if number > 1 else []
-    command = [sys.executable, "-m", "famjax.cli", "train", *many, *RUN, *more]
-    command += [f"--gin.RUN_DIR={run_dir}"]
-    with open(f"{run_dir}.{i}.log", "a", encoding="utf-8") as log:
-      started.append(subprocess.Popen(
-          command, stdout=log, stderr=subprocess.STDOUT,
-          env=os.environ | {
-              "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address,
-              "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(i),
-          },
-      ))  # fmt: skip
+  many = ["--distributed"] if number > 1 else []
+  flags = f"--xla_force_host_platform_device_count={4 // number} " + os.environ["XLA_FLAGS"]
+  started = [
+      forks.famjax(
+          "train", *many, *RUN, *more, f"--gin.RUN_DIR={run_dir}",
+          log=run_dir.with_name(f"{run_dir.name}.{i}.log"), XLA_FLAGS=flags,
+          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(number), JAX_PROCESS_ID=str(i),
+      )
+      for i in range(number)
+  ]  # fmt: skip
   try:
     yield started
   finally:
     for process in started:
       process.kill()
-      process.wait()
+      process.join()
+
+
+def status(process):
+  """Waits for a process. Returns its exit status; None: it goes on."""
+  process.join(timeout=400)
+  return process.exitcode
 
 
 def steps_done(run_dir):
@@ -63,7 +63,7 @@ def steps_done(run_dir):
 
 def wait_for_step(run_dir, step, process):
   while max(steps_done(run_dir), default=0) < step:
-    assert process.poll() is None, "it ended before"
+    assert process.is_alive(), "it ended before"
     time.sleep(0.02)
 
 
@@ -72,7 +72,7 @@ def _one(tmp_path_factory):
   """The directory of a run of one process that nothing befell."""
   run_dir = tmp_path_factory.mktemp("runs") / "one"
   with processes(run_dir, 1) as [alone]:
-    assert alone.wait(timeout=400) == 0
+    assert status(alone) == 0
   return run_dir
 
 
@@ -93,8 +93,8 @@ def test_killed_stopped_and_started_again(one, tmp_path):
 
   with processes(run_dir, 2) as [first, second]:
     wait_for_step(run_dir, killed_at + 5, first)
-    second.send_signal(signal.SIGTERM)  # one of them is told, and both save and end
-    assert first.wait(timeout=100) == 143 and second.wait(timeout=100) == 143
+    second.terminate()  # one of them is told, and both save and end
+    assert status(first) == 143 and status(second) == 143
   stopped_at = max(steps_done(run_dir))
   assert killed_at < stopped_at < STEPS
   log = (tmp_path / "two.0.log").read_text()
@@ -104,7 +104,7 @@ def test_killed_stopped_and_started_again(one, tmp_path):
   assert broken.with_name(f"{newest}.unreadable").is_dir()
 
   with processes(run_dir, 2) as [first, second]:
-    assert first.wait(timeout=400) == 0 and second.wait(timeout=400) == 0
+    assert status(first) == 0 and status(second) == 0
   log = (tmp_path / "two.0.log").read_text()
   assert f"resuming {run_dir} after step {stopped_at}" in log
   assert "loss" in log and "loss" not in (tmp_path / "two.1.log").read_text()  # it is silent
@@ -125,7 +125,7 @@ def test_lora_on_a_checkpoint_of_another_run(one, tmp_path):
   for number in (1, 2):
     run_dir = tmp_path / str(number)
     with processes(run_dir, number, *lora) as started:
-      assert [process.wait(timeout=400) for process in started] == [0] * number
+      assert [status(process) for process in started] == [0] * number
     found.append(steps_done(run_dir))
     assert (run_dir / "base" / "0").is_dir()
   np.testing.assert_allclose(list(found[1].values()), list(found[0].values()), rtol=1e-4)

@@ -1,41 +1,29 @@
 """Tests that a run which is killed again and again ends with the same bits as one that is not."""
 
+import dataclasses
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from famjax.training.loop import train
 from famjax.training.storage import list_steps
+from tests import forks
+from tests.training import toy
 
 KILLS, STEPS, EVERY = 14, 80, 5
-RUN = f"""
-import dataclasses, sys
-from famjax.training.loop import train
-from tests.training import toy
-config = dataclasses.replace(
-    toy.TRAIN, train_steps={STEPS}, log_every=1, checkpoint_every={EVERY}, follow_rows=True,
-    rsp_probability=0.5, random_offset=True, keep_checkpoints=2,
-)
-train(sys.argv[1], toy.MODEL, toy.ToyReader(), toy.OPTIMIZER, config)
-"""
 
 
-def start(run_dir, cache):
-  """Starts a run, or goes on with one. Compiled programs are shared, as on a user's machine."""
-  place = {
-      "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  }  # fmt: skip
-  return subprocess.Popen(
-      [sys.executable, "-c", RUN, str(run_dir)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      text=True, env=os.environ | place,
+def run(run_dir):
+  """Starts a run, or goes on with one."""
+  config = dataclasses.replace(
+      toy.TRAIN, train_steps=STEPS, log_every=1, checkpoint_every=EVERY, follow_rows=True,
+      rsp_probability=0.5, random_offset=True, keep_checkpoints=2,
   )  # fmt: skip
+  train(run_dir, toy.MODEL, toy.ToyReader(), toy.OPTIMIZER, config)
 
 
 def arrays(run_dir):
@@ -57,26 +45,21 @@ def losses(run_dir):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
+  whole = forks.start(run, tmp_path / "whole", log=tmp_path / "whole.log")
   rng = random.Random(0)
-  whole = start(tmp_path / "whole", tmp_path / "cache")
-  assert whole.communicate(timeout=300)[0] and whole.returncode == 0
-  kills = 0
-  while True:
-    run = start(tmp_path / "killed", tmp_path / "cache")
-    # Lines of this process until it is killed: some kills come before its first checkpoint.
-    left = rng.randrange(1, 12) if kills < KILLS else STEPS + 1
-    for line in run.stdout:
-      left -= line.startswith("step ")
-      if left <= 0:
-        break
-    if kills == KILLS:
-      run.stdout.read()
-      assert run.wait(timeout=300) == 0
-      break
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
-    kills += 1
+  for kill in range(KILLS):
+    log = tmp_path / f"{kill}.log"
+    process = forks.start(run, tmp_path / "killed", log=log)
+    steps = rng.randrange(1, 12)  # of this process: some kills come before its first checkpoint
+    while not log.exists() or log.read_text().count("\nstep ") < steps:
+      assert process.is_alive(), log.read_text()
+      time.sleep(0.005)
+    process.kill()
+    process.join()
+  last = forks.start(run, tmp_path / "killed", log=tmp_path / "last.log")
+  for process in (whole, last):
+    process.join(timeout=300)
+    assert process.exitcode == 0
   expected, found = arrays(tmp_path / "whole"), arrays(tmp_path / "killed")
   assert expected.keys() == found.keys() and len(expected) > 40
   for name, array in expected.items():
