@@ -47,9 +47,9 @@ def processes(run_dir, number, *more):
       process.join()
 
 
-def status(process):
-  """Waits for a process. Returns its exit status; None: it goes on."""
-  process.join(timeout=400)
+def status(process, timeout=400):
+  """Waits at most `timeout` seconds for a process. Returns its exit status; None: it goes on."""
+  process.join(timeout)
   return process.exitcode
 
 
@@ -94,7 +94,7 @@ def test_killed_stopped_and_started_again(one, tmp_path):
   with processes(run_dir, 2) as [first, second]:
     wait_for_step(run_dir, killed_at + 5, first)
     second.terminate()  # one of them is told, and both save and end
-    assert status(first) == 143 and status(second) == 143
+    assert status(first, timeout=100) == 143 and status(second, timeout=100) == 143
   stopped_at = max(steps_done(run_dir))
   assert killed_at < stopped_at < STEPS
   log = (tmp_path / "two.0.log").read_text()

@@ -60,6 +60,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
   for process in (whole, last):
     process.join(timeout=300)
     assert process.exitcode == 0
+  assert (tmp_path / "whole.log").read_text()
   expected, found = arrays(tmp_path / "whole"), arrays(tmp_path / "killed")
   assert expected.keys() == found.keys() and len(expected) > 40
   for name, array in expected.items():
